@@ -1,0 +1,1 @@
+"""Parquet tables: their schemas, and readers that refuse what does not match."""

@@ -1,0 +1,137 @@
+"""The command line that every program shares.
+
+    python -m stages.corpus --root results/demo --manifest corpora/python-docs/manifest.json \\
+        --spec '{"inputs":{},"kind":"python_docs",...}' --code 3f... --lineage 9a...
+
+`--spec` is the canonical JSON of all settings the stage may see. Its "inputs" name the upstream artifacts by
+their manifest, relative to `--root`, with the lineage that this run expects of each:
+{"corpus": {"manifest": "corpora/python-docs/manifest.json", "lineage": "..."}}, or a list of such entries.
+"""
+
+import argparse
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.core import artifact, code, specs
+from stages.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one stage: its settings, and the places of its inputs and outputs."""
+
+    stage: str
+    root: Path
+    manifest: Path
+    spec: dict[str, Any]
+    code: str
+    lineage: str
+    inputs: dict[str, Any]
+
+    def publish(self) -> AbstractContextManager[artifact.Draft]:
+        """Return the context in which the stage writes its files; see `artifact.publish`."""
+        return artifact.publish(
+            self.manifest,
+            stage=self.stage,
+            spec=self.spec,
+            code=self.code,
+            lineage=self.lineage,
+            inputs=self.inputs,
+        )
+
+    def data(self, name: str, file: str) -> Path:
+        """Return the path of `file` in the input called `name`, checked to be as long as it was written."""
+        return artifact.data_path(self.inputs[name], file)
+
+    def checkpoints(self) -> Path:
+        """Return the undeclared folder for the checkpoints of this very run."""
+        return self.root / ".checkpoints" / self.lineage
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a Parquet file of this job carries in its key-value metadata."""
+        return {"stage": self.stage, "lineage": self.lineage, "spec": specs.canonical(self.spec)}
+
+
+def parse(module: str, description: str | None, argv: list[str] | None = None) -> Job:
+    """Parse the command line, check the code digest and open every input manifest. No heavy import happens here.
+
+    `module` is the stage's dotted name, "stages.corpus". UserError when the code is not the planned code, an
+    input is missing or an input is not the one this run expects.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--root", type=Path, required=True, help="folder of all artifacts, such as results/demo")
+    parser.add_argument("--manifest", required=True, help="the manifest to write, relative to --root")
+    parser.add_argument("--spec", required=True, help="settings of this stage as JSON")
+    parser.add_argument("--code", help="code digest that the run was planned with; checked when given")
+    parser.add_argument("--lineage", help="identity the artifact will carry; default: computed from spec and code")
+    parser.add_argument("--log", type=Path, help="file for all output; without it, the terminal")
+    arguments = parser.parse_args(argv)
+    if arguments.log:
+        _redirect(arguments.log)
+    try:
+        spec = json.loads(arguments.spec)
+        inputs = spec["inputs"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError('--spec must be a JSON object with an "inputs" object in it.') from None
+    actual = code.code_digest(module, *spec.get("code_modules", []))
+    if arguments.code and arguments.code != actual:
+        raise UserError(
+            f"The code of {module} is {actual} but the run was planned with {arguments.code}: it was edited meanwhile; "
+            "start snakemake again to plan with the new code."
+        )
+    opened = {name: _open(arguments.root, entry) for name, entry in inputs.items()}
+    lineage = arguments.lineage or specs.lineage(specs.canonical(spec), actual)
+    stage = module.rpartition(".")[2]
+    return Job(stage, arguments.root, arguments.root / arguments.manifest, spec, actual, lineage, opened)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program's `main` and end the process: one sentence and status 2 for what a user can mend."""
+    terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+    try:
+        main()
+    except UserError as error:
+        status, sentence = 2, str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        status, sentence = 2, f"{error.strerror} ({error.filename or 'while writing'}): make room or choose another place, then run again."
+    except Exception as error:
+        traceback.print_exc()
+        status, sentence = 1, f"{type(error).__name__}: {error}"
+    else:
+        sys.stdout.flush()
+        return
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if not os.path.sameopenfile(terminal.fileno(), sys.stderr.fileno()):
+        print(f"error: {sentence}", file=terminal, flush=True)
+    sys.exit(status)
+
+
+def _open(root: Path, entry: Any) -> Any:
+    if isinstance(entry, list):
+        return [_open(root, item) for item in entry]
+    manifest = artifact.read_manifest(root / entry["manifest"], entry["manifest"])
+    if entry.get("lineage"):
+        artifact.check_lineage(manifest, entry["lineage"])
+    return manifest
+
+
+def _redirect(log: Path) -> None:
+    """Send this process's output, that of its libraries included, to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
