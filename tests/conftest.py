@@ -1,0 +1,61 @@
+"""Options and fixtures of all tests.
+
+`--golden DIR` and `--tokenizers DIR` point the golden checks at other folders with the same layout.
+"""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", type=Path, default=None, help="folder with golden numbers (default: tests/golden/figures)")
+    parser.addoption("--tokenizers", type=Path, default=None, help="folder of real tokenizers, one folder each")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def golden(request) -> Path:
+    """The folder of golden numbers: --golden, or the shared folder beside the checkout, or the copied figures."""
+    return golden_folder(request.config)
+
+
+@pytest.fixture(scope="session")
+def tokenizers_dir(request) -> Path:
+    """The folder of real tokenizers: --tokenizers, or the shared folder beside the checkout."""
+    return tokenizers_folder(request.config)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data sets: {folder} does not exist")
+    return folder
+
+
+def golden_folder(config) -> Path:
+    given = config.getoption("--golden")
+    if given is not None:
+        assert given.is_dir(), f"--golden {given} is not a folder"
+        return given
+    shared = SHARED / "golden"
+    return shared if shared.is_dir() else REPOSITORY / "tests" / "golden" / "figures"
+
+
+def tokenizers_folder(config) -> Path:
+    given = config.getoption("--tokenizers")
+    if given is not None:
+        assert given.is_dir(), f"--tokenizers {given} is not a folder"
+        return given
+    folder = SHARED / "tokenizers"
+    if not folder.is_dir():
+        pytest.skip(f"no real tokenizers: {folder} does not exist; give --tokenizers DIR")
+    return folder
