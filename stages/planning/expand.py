@@ -1,0 +1,215 @@
+"""Turn the config a person wrote into the full one: defaults filled in, matrices expanded, references checked."""
+
+import itertools
+import re
+from typing import Any
+
+from stages.core.errors import UserError
+from stages.planning.check import check_name, check_names, nearest, validate
+from stages.planning.methods import METHODS
+
+
+def expand(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the full config: every default in place, every matrix expanded, every name resolved.
+
+    UserError, one sentence, for an unknown key, a wrong type, a dangling name or an impossible combination.
+    """
+    check_names(config)
+    full = validate(config, schema, None, "")
+    full["corpora"] = {name: _validate_kind(name, entry, schema, "corpora", CORPUS_KINDS) for name, entry in full["corpora"].items()}
+    for section, alternatives in (("tokenizers", ("source", "train")), ("models", ("path", "pretrain"))):
+        prefix = {"source": "tokenizer_source", "train": "tokenizer_train", "path": "model_source", "pretrain": "model_pretrain"}
+        for name, entry in full[section].items():
+            where = f"{section}.{name}"
+            given = [key for key in alternatives if key in entry]
+            if len(given) != 1:
+                raise UserError(f"Config: `{where}` needs exactly one of `{alternatives[0]}` and `{alternatives[1]}`.")
+            full[section][name] = validate(entry, schema, prefix[given[0]], where)
+    full["experiments"] = {
+        name: validate(entry, schema, "experiment", f"experiments.{name}")
+        for name, entry in expand_matrices(full["experiments"]).items()
+    }
+    suites = full["evaluation"].get("suites", {})
+    full["evaluation"]["suites"] = {
+        name: _validate_kind(name, entry, schema, "evaluation.suites", SUITE_KINDS) for name, entry in suites.items()
+    }
+    _fill_experiments(full)
+    _check_references(full)
+    return full
+
+
+CORPUS_KINDS = {
+    "python_docs": "corpus_python_docs", "hub": "corpus_hub", "jsonl": "corpus_files", "parquet": "corpus_files",
+    "txt": "corpus_files", "subset": "corpus_subset",
+}  # fmt: skip
+SUITE_KINDS = {"bits_per_byte": "suite_bits_per_byte", "lm_eval": "suite_lm_eval"}
+
+
+def expand_matrices(experiments: dict[str, dict]) -> dict[str, dict]:
+    """Return the experiments with every `matrix` replaced by one experiment for each combination of its axes.
+
+    An axis that maps labels to settings merges those settings; an axis that is a list sets the key it is named
+    after (dotted for nested keys). {"seed": [1, 2]} under "alm" gives alm-seed1 and alm-seed2.
+    """
+    expanded: dict[str, dict] = {}
+    for name, entry in experiments.items():
+        axes = entry.get("matrix", {})
+        base = {key: value for key, value in entry.items() if key != "matrix"}
+        for choice in itertools.product(*(_axis(name, axis, values) for axis, values in axes.items())):
+            label = "-".join([name, *(part for part, _ in choice)])
+            settings = base
+            for _, overrides in choice:
+                settings = merged(settings, overrides)
+            check_name(label, "experiments")
+            if label in expanded:
+                raise UserError(f"Config: two experiments are called `{label}`; rename one, or a value of `experiments.{name}.matrix`.")
+            expanded[label] = settings
+    return expanded
+
+
+def merged(base: dict, overrides: dict) -> dict:
+    """Return `base` with `overrides` laid over it, mapping by mapping."""
+    result = dict(base)
+    for key, value in overrides.items():
+        result[key] = merged(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+    return result
+
+
+def _axis(name: str, axis: str, values: Any) -> list[tuple[str, dict]]:
+    where = f"experiments.{name}.matrix.{axis}"
+    if isinstance(values, dict) and values and all(isinstance(item, dict) for item in values.values()):
+        return list(values.items())
+    if isinstance(values, list) and values:
+        return [(_value_label(axis, value), _nested(axis.split("."), value)) for value in values]
+    raise UserError(f"Config: `{where}` must be a list of values, or a mapping from a label to settings.")
+
+
+def _value_label(axis: str, value: Any) -> str:
+    if isinstance(value, list):
+        text = "-".join(map(str, value))
+    else:
+        text = value if isinstance(value, str) else f"{axis.rpartition('.')[2]}{value}"
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower())
+
+
+def _nested(path: list[str], value: Any) -> dict:
+    return {path[0]: value if len(path) == 1 else _nested(path[1:], value)}
+
+
+def _validate_kind(name: str, entry: dict, schema: dict, section: str, kinds: dict[str, str]) -> dict:
+    where = f"{section}.{name}"
+    kind = entry.get("kind")
+    if kind not in kinds:
+        raise UserError(f"Config: `{where}.kind` is `{kind}`; {nearest(str(kind), list(kinds))}")
+    return validate(entry, schema, kinds[kind], where)
+
+
+def _fill_experiments(config: dict) -> None:
+    """Fill in what defaults to another entry: seeds, the teacher, the tokenizer, loss weights."""
+    for entry in config["corpora"].values():
+        entry.setdefault("seed", config["seed"])
+    for entry in config["models"].values():
+        if "pretrain" in entry:
+            entry["pretrain"].setdefault("seed", config["seed"])
+            architecture = entry["pretrain"]["architecture"]
+            architecture.setdefault("intermediate_size", 4 * architecture["hidden_size"])
+    for task in config["evaluation"].get("tasks", {}).values():
+        task.setdefault("seed", config["seed"])
+    for name, entry in config["experiments"].items():
+        entry.setdefault("seed", config["seed"])
+        entry.setdefault("label", name)
+        _known(entry["student"], config["models"], f"experiments.{name}.student", "models")
+        entry.setdefault("tokenizer", config["models"][entry["student"]]["tokenizer"])
+        entry["teacher"] = entry["teacher"] or entry["student"]
+        if entry["loss_weights"] is None:
+            entry["loss_weights"] = [1.0] * len(entry["losses"])
+
+
+def _check_references(config: dict) -> None:
+    corpora, tokenizers, models = config["corpora"], config["tokenizers"], config["models"]
+    for name, entry in corpora.items():
+        if entry["kind"] == "subset":
+            _known(entry["of"], corpora, f"corpora.{name}.of", "corpora")
+            if corpora[entry["of"]]["kind"] == "subset":
+                raise UserError(f"Config: `corpora.{name}.of` is itself a subset; name the full corpus `{corpora[entry['of']]['of']}`.")
+    for name, entry in tokenizers.items():
+        if "train" in entry:
+            _known(entry["train"]["corpus"], corpora, f"tokenizers.{name}.train.corpus", "corpora")
+    for name, entry in models.items():
+        _known(entry["tokenizer"], tokenizers, f"models.{name}.tokenizer", "tokenizers")
+        if "pretrain" in entry:
+            _known(entry["pretrain"]["corpus"], corpora, f"models.{name}.pretrain.corpus", "corpora")
+            _check_heads(name, entry["pretrain"]["architecture"])
+    for name, entry in config["experiments"].items():
+        _check_experiment(name, entry, config)
+    _check_evaluation(config)
+
+
+def _check_heads(name: str, architecture: dict) -> None:
+    hidden, heads = architecture["hidden_size"], architecture["num_attention_heads"]
+    if hidden % heads or (hidden // heads) % 2:
+        raise UserError(
+            f"Config: `models.{name}.pretrain.architecture`: hidden_size {hidden} must be num_attention_heads ({heads}) "
+            "times an even number; change one."
+        )
+
+
+def _check_experiment(name: str, entry: dict, config: dict) -> None:
+    where = f"experiments.{name}"
+    if name in config["models"]:
+        raise UserError(f"Config: `{name}` is both a model and an experiment; evaluations are filed by name, so rename one.")
+    _known(entry["teacher"], config["models"], f"{where}.teacher", "models")
+    _known(entry["tokenizer"], config["tokenizers"], f"{where}.tokenizer", "tokenizers")
+    losses, weights = entry["losses"], entry["loss_weights"]
+    for loss in losses:
+        if loss not in METHODS:
+            raise UserError(f"Config: `{where}.losses` has `{loss}`, which is no loss; {nearest(loss, list(METHODS))}")
+    if len(set(losses)) != len(losses):
+        raise UserError(f"Config: `{where}.losses` names one loss twice; use `loss_weights` to weigh it.")
+    if len(weights) != len(losses):
+        raise UserError(f"Config: `{where}.loss_weights` has {len(weights)} numbers for {len(losses)} losses; give one for each.")
+    if losses and not any(weights):
+        raise UserError(f"Config: `{where}.loss_weights` are all 0, so nothing would be learned; raise one.")
+    if losses and "corpus" not in entry:
+        raise UserError(f"Config: `{where}` trains ({', '.join(losses)}) but names no `corpus`; add one of {', '.join(config['corpora'])}.")
+    if "corpus" in entry:
+        _known(entry["corpus"], config["corpora"], f"{where}.corpus", "corpora")
+    if not losses and entry["tokenizer"] == config["models"][entry["student"]]["tokenizer"]:
+        raise UserError(f"Config: `{where}` neither trains (no `losses`) nor changes the tokenizer, so it would be a copy of its student.")
+    train = entry["train"]
+    if train["warmup_steps"] > train["steps"]:
+        raise UserError(f"Config: `{where}.train.warmup_steps` is {train['warmup_steps']}, more than `steps` ({train['steps']}); lower it.")
+    if losses and train["steps"] == 0:
+        raise UserError(f"Config: `{where}.train.steps` is 0 but `losses` are given; remove the losses or raise the steps.")
+    if train["train_model_mode"] == "embeddings" and not train["train_embeddings"]:
+        raise UserError(f"Config: `{where}.train`: train_model_mode `embeddings` with train_embeddings false trains nothing; change one.")
+    known_flags = {"append_space", "eos_as_space", "merge_by_space_prob"}
+    for flag in filter(None, entry["alm_mode"].split("+")):
+        if flag not in known_flags:
+            raise UserError(f"Config: `{where}.alm_mode` has the flag `{flag}`; {nearest(flag, list(known_flags))}")
+
+
+def _check_evaluation(config: dict) -> None:
+    evaluation = config["evaluation"]
+    for flag in config["signals"]["space_mask_mode"].split("+"):
+        if flag not in ("space", "tab", "newline", "special"):
+            raise UserError(f"Config: `signals.space_mask_mode` has the flag `{flag}`; {nearest(flag, ['space', 'tab', 'newline', 'special'])}")
+    for name, task in evaluation["tasks"].items():
+        _known(task["corpus"], config["corpora"], f"evaluation.tasks.{name}.corpus", "corpora")
+    for name, suite in evaluation["suites"].items():
+        where = f"evaluation.suites.{name}"
+        if suite["kind"] == "bits_per_byte":
+            _known(suite["corpus"], config["corpora"], f"{where}.corpus", "corpora")
+        elif not suite["tasks"] and not suite["built"]:
+            raise UserError(f"Config: `{where}` names no task; give `tasks`, or `built` with names of evaluation.tasks.")
+        for task in suite.get("built", []):
+            _known(task, evaluation["tasks"], f"{where}.built", "evaluation.tasks")
+    evaluated = {**config["models"], **config["experiments"]}
+    for name in evaluation.get("models", []):
+        _known(name, evaluated, "evaluation.models", "models and experiments")
+    evaluation.setdefault("models", list(evaluated))
+
+
+def _known(name: str, entries: dict, where: str, section: str) -> None:
+    if name not in entries:
+        raise UserError(f"Config: `{where}` names `{name}`, which is not in {section}; {nearest(name, list(entries))}")
