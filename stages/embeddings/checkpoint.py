@@ -1,0 +1,95 @@
+"""Open a causal language model and give it the embeddings of another vocabulary."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stages.core.errors import UserError
+from stages.embeddings.fvt import Plan
+from stages.embeddings.rows import assemble
+
+
+def load_model(model: dict[str, Any], inputs: dict[str, Any], dtype: str | None = None) -> PreTrainedModel:
+    """Load the model a spec describes: the input artifact "model" where there is one, else Hub id or folder.
+
+    `dtype` overrides that of the description; without either the stored one is kept. UserError when it is not
+    there, cannot be read, or lacks weights that its architecture needs.
+    """
+    place, revision = str(model.get("path") or ""), model.get("revision")
+    if "model" in inputs:
+        place, revision = str(inputs["model"]["path"].parent), None
+    if not place:
+        raise UserError(f'Model {model.get("name")!r} has neither a path nor an artifact: give it a "path" in the config.')
+    wanted = dtype or model.get("dtype") or "auto"
+    options = {"revision": revision, "trust_remote_code": bool(model.get("trust_remote_code"))}
+    try:
+        config = AutoConfig.from_pretrained(place, **options)
+        if model.get("attn_implementation"):
+            options["attn_implementation"] = model["attn_implementation"]
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            place, config=config, dtype=wanted, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"Model {model.get('name')!r} cannot be loaded from {place}: {first}") from None
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"The weights of {place} lack {some}: the folder is incomplete or not a causal language model.")
+    return loaded.eval()
+
+
+def source_rows(model: PreTrainedModel, tokenizer_size: int, name: str) -> int:
+    """Return how many embedding rows belong to tokens; UserError when the model has fewer than its tokenizer."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < tokenizer_size:
+        raise UserError(
+            f"Model {name!r} has {rows} embedding rows but its tokenizer has {tokenizer_size} tokens: "
+            "give the tokenizer that this model was trained with as the source tokenizer."
+        )
+    return tokenizer_size
+
+
+def replace_embeddings(model: PreTrainedModel, plan: Plan, rows: int, seed: int, untie: bool) -> torch.Tensor:
+    """Give `model` the embeddings of `plan` in place; return the new input embedding [target, hidden].
+
+    Its input and output embeddings, tied or not, and a bias of the head become exactly as long as the plan.
+    `rows` is the number of source rows that belong to tokens. `untie` gives tied models a head of their own.
+    """
+    config = model.config.get_text_config()
+    tied = bool(config.tie_word_embeddings)
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not hasattr(inputs, "num_embeddings") or head is None or getattr(config, "vocab_size_per_layer_input", None):
+        raise UserError(f"Models of type {config.model_type} keep embeddings in a form that cannot be replaced.")
+    fresh = assemble(inputs.weight, plan, rows, seed, "input embeddings")
+    if tied:
+        output = fresh.clone() if untie else fresh
+    else:
+        output = assemble(head.weight, plan, rows, seed, "output embeddings")
+    if not (torch.isfinite(fresh).all() and torch.isfinite(output).all()):
+        raise UserError("The source embeddings hold values that are not finite: the weights of this model are damaged.")
+    if getattr(head, "bias", None) is not None:
+        head.bias = torch.nn.Parameter(assemble(head.bias, plan, rows, seed, "output bias"))
+    inputs.weight, inputs.num_embeddings, inputs.padding_idx = torch.nn.Parameter(fresh), len(fresh), None
+    head.weight, head.out_features = torch.nn.Parameter(output), len(output)
+    for part in {id(item): item for item in (model.config, config)}.values():
+        part.vocab_size = len(fresh)
+        part.tie_word_embeddings = tied and not untie
+    if tied and not untie:
+        model.tie_weights()
+    return fresh
+
+
+def set_special_ids(model: PreTrainedModel, start: int | None, eos: int | None, pad: int | None) -> None:
+    """Write the special token ids of the target tokenizer into the model's configurations."""
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = start, eos, pad
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Write `config.json`, `generation_config.json` and one `model.safetensors`; return facts on the weights."""
+    model.save_pretrained(folder, max_shard_size="100TB")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    embedding = list(model.get_input_embeddings().weight.shape)
+    return {"parameters": parameters, "dtype": str(model.dtype).removeprefix("torch."), "embedding": embedding}

@@ -1,0 +1,173 @@
+"""Fast Vocabulary Transfer: which source embeddings each token of a new vocabulary is made of.
+
+Gee et al. 2022 (arXiv 2402.09977), in the byte-level variant of tokenkit (`tokenkit/utils.py: fvt`). It differs
+from tokenkit where tokenkit errs:
+- A special takes the row of a special, an ordinary token never does; eos is mapped too. (tokenkit fills the
+  newline of Qwen from `<|end_header_id|>` of Llama 3 and leaves eos out.)
+- Bytes that are no UTF-8 on their own are cut into the fewest source tokens, where tokenkit draws at random.
+- An encoding that does not give the bytes back (a normaliser, a prefix space, unk) is replaced likewise.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+# A special without a counterpart of its own role takes the first of these.
+SUBSTITUTE_ROLES = {
+    "bos": ("eos", "pad"),
+    "eos": ("eot", "bos"),
+    "eot": ("eos", "bos"),
+    "pad": ("eos", "bos"),
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What FVT reads of a tokenizer, by token id.
+
+    `token_bytes` is None for a special and for an id without a token. `roles` names every special (bos, eos,
+    pad, ... or "special"), `special_texts` holds their written form. `fallback_ids` are byte-fallback tokens
+    (`<0x41>`). Of a source, `encode` turns texts into ids without adding specials.
+    """
+
+    token_bytes: list[bytes | None]
+    roles: dict[int, str] = field(default_factory=dict)
+    special_texts: dict[int, str] = field(default_factory=dict)
+    fallback_ids: frozenset[int] = frozenset()
+    encode: Callable[[list[str]], list[list[int]]] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each target row comes from: `rules[i]` is special, copy, mean, random or padding.
+
+    `sources[i]` lists the source ids: one for special and copy, those to average for mean, none otherwise.
+    """
+
+    rules: list[str]
+    sources: list[list[int]]
+
+
+def plan(target: Vocabulary, source: Vocabulary, *, rows: int, exact: bool = True) -> Plan:
+    """Return where every embedding row of `target` comes from.
+
+    `rows` is the number of source embedding rows; ids beyond it have no embedding and are not used. With
+    `exact=False` tokens that both vocabularies hold are decomposed like the others (tokenkit's
+    `allow_exact_match=False`).
+    """
+    size = len(target.token_bytes)
+    rules, sources = ["random"] * size, [[] for _ in range(size)]
+    same_bytes = _ids_by_bytes(source, rows) if exact else {}
+    specials = _match_specials(target, source, rows)
+    missing = []
+    for index, content in enumerate(target.token_bytes):
+        if index in specials:
+            rules[index], sources[index] = "special", [specials[index]]
+        elif content is None and index not in target.roles:
+            rules[index] = "padding"
+        elif content is not None and content in same_bytes:
+            rules[index], sources[index] = "copy", [same_bytes[content][index in target.fallback_ids]]
+        else:
+            missing.append(index)
+    contents = [_content(target, index) for index in missing]
+    for index, ids in zip(missing, decompose(contents, source), strict=True):
+        kept = [identifier for identifier in ids if identifier < rows]
+        if kept:
+            rules[index], sources[index] = "mean", kept
+    return Plan(rules, sources)
+
+
+def identity_plan(size: int) -> Plan:
+    """Return the plan for a target that is the source tokenizer itself: every row from its own."""
+    return Plan(["copy"] * size, [[index] for index in range(size)])
+
+
+def uniform_plan(size: int, rule: str, rows: int) -> Plan:
+    """Return the plan of a baseline: rule "random" for every row, or "mean" of all `rows` source rows."""
+    return Plan([rule] * size, [list(range(rows)) if rule == "mean" else []] * size)
+
+
+def decompose(contents: list[bytes], source: Vocabulary) -> list[list[int]]:
+    """Return the source ids that spell each of `contents`, empty where the source lacks a needed byte.
+
+    The source's own encoding where it gives exactly these bytes, else the fewest source tokens that do.
+    """
+    assert source.encode is not None, "the source vocabulary of a decomposition needs `encode`"
+    texts: dict[int, str] = {}
+    for index, content in enumerate(contents):
+        try:
+            texts[index] = content.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+    encoded = dict(zip(texts, source.encode(list(texts.values())), strict=True)) if texts else {}
+    pieces = _pieces(source)
+    longest = max(map(len, pieces), default=0)
+    result = []
+    for index, content in enumerate(contents):
+        ids = encoded.get(index)
+        spelled = ids is not None and content == b"".join(source.token_bytes[i] or b"\xff" for i in ids)
+        result.append(list(ids) if spelled else fewest_pieces(content, pieces, longest))
+    return result
+
+
+def fewest_pieces(content: bytes, pieces: dict[bytes, int], longest: int) -> list[int]:
+    """Return the fewest ids of `pieces` that concatenate to `content`, the longest first among equals.
+
+    Empty when there is no way. `longest` is the length in bytes of the longest piece.
+    """
+    size = len(content)
+    unreachable = size + 1
+    cost = [unreachable] * size + [0]
+    cut = [size] * size
+    for start in range(size - 1, -1, -1):
+        for end in range(min(size, start + longest), start, -1):
+            if cost[end] + 1 < cost[start] and content[start:end] in pieces:
+                cost[start], cut[start] = cost[end] + 1, end
+    if cost[0] == unreachable:
+        return []
+    ids, start = [], 0
+    while start < size:
+        ids.append(pieces[content[start : cut[start]]])
+        start = cut[start]
+    return ids
+
+
+def _ids_by_bytes(source: Vocabulary, rows: int) -> dict[bytes, tuple[int, int]]:
+    """Map bytes to (id for an ordinary token, id for a byte-fallback token), the lowest id of each kind."""
+    ordinary: dict[bytes, int] = {}
+    fallback: dict[bytes, int] = {}
+    for index, content in enumerate(source.token_bytes[:rows]):
+        if content:
+            (fallback if index in source.fallback_ids else ordinary).setdefault(content, index)
+    return {
+        content: (ordinary.get(content, fallback.get(content)), fallback.get(content, ordinary.get(content)))
+        for content in ordinary.keys() | fallback.keys()
+    }
+
+
+def _pieces(source: Vocabulary) -> dict[bytes, int]:
+    return {content: ids[0] for content, ids in _ids_by_bytes(source, len(source.token_bytes)).items()}
+
+
+def _match_specials(target: Vocabulary, source: Vocabulary, rows: int) -> dict[int, int]:
+    """Map special target ids to special source ids: by written form, then role, then a substitute role."""
+    by_text = {source.special_texts[i]: i for i in sorted(source.special_texts, reverse=True) if i < rows}
+    by_role: dict[str, list[int]] = defaultdict(list)
+    for index in sorted(source.roles):
+        if index < rows:
+            by_role[source.roles[index]].append(index)
+    matched = {}
+    for index, role in target.roles.items():
+        candidates = by_role[role][:1] if role != "special" else []
+        if not candidates and target.special_texts.get(index) in by_text:
+            candidates = [by_text[target.special_texts[index]]]
+        for substitute in () if candidates else SUBSTITUTE_ROLES.get(role, ()):
+            candidates = candidates or by_role[substitute][:1]
+        if candidates:
+            matched[index] = candidates[0]
+    return matched
+
+
+def _content(vocabulary: Vocabulary, index: int) -> bytes:
+    content = vocabulary.token_bytes[index]
+    return vocabulary.special_texts.get(index, "").encode() if content is None else content
