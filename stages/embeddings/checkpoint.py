@@ -21,7 +21,9 @@ def load_model(model: dict[str, Any], inputs: dict[str, Any], dtype: str | None 
     if "model" in inputs:
         place, revision = str(inputs["model"]["path"].parent), None
     if not place:
-        raise UserError(f'Model {model.get("name")!r} has neither a path nor an artifact: give it a "path" in the config.')
+        raise UserError(
+            f'Model {model.get("name")!r} has neither a path nor an artifact: give it a "path" in the config.'
+        )
     wanted = dtype or model.get("dtype") or "auto"
     options = {"revision": revision, "trust_remote_code": bool(model.get("trust_remote_code"))}
     try:

@@ -1,0 +1,1 @@
+"""Evaluation: bits per byte of held-out text, and tasks of the LM Evaluation Harness."""

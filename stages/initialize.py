@@ -1,0 +1,81 @@
+"""Give a model another tokenizer: embeddings by FVT (or a baseline), everything else as it was."""
+
+from typing import Any
+
+from stages.core import stage
+from stages.core.errors import UserError
+
+METHODS = ("fvt", "random", "mean")
+MODES = ("preserve", "untie")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the model and both tokenizers, write the initialised student and where each row came from."""
+    job = stage.parse("stages.initialize", __doc__, argv)
+    method, mode = job.spec.get("method", "fvt"), job.spec.get("output_embeddings_mode", "preserve")
+    if method not in METHODS:
+        raise UserError(f"Unknown initialisation method {method!r}: choose one of {', '.join(METHODS)}.")
+    if mode not in MODES:
+        raise UserError(f"Unknown output_embeddings_mode {mode!r}: choose one of {', '.join(MODES)}.")
+    from collections import Counter
+
+    from stages.artifacts.tables import write_table
+    from stages.embeddings import checkpoint
+    from stages.tokenization.byte_view import ByteView
+
+    target = ByteView.load(job.inputs["tokenizer"]["path"].parent)
+    source = ByteView.load(job.inputs.get("source_tokenizer", job.inputs["tokenizer"])["path"].parent)
+    with job.publish() as draft:
+        model = checkpoint.load_model(job.spec["model"], job.inputs)
+        rows = checkpoint.source_rows(model, source.vocab_size, job.spec["model"]["name"])
+        plan = make_plan(method, target, source, rows)
+        embedding = checkpoint.replace_embeddings(model, plan, rows, job.spec["seed"], mode == "untie")
+        checkpoint.set_special_ids(model, target.start_id, target.eos_id, target.pad_id)
+        copy_tokenizer(job.inputs["tokenizer"], draft.folder)
+        draft.describe["model.safetensors"] = checkpoint.save_model(model, draft.folder)
+        table = provenance(plan, target.token_bytes, embedding.float().norm(dim=1).numpy())
+        write_table(draft.folder / "provenance.parquet", table, job.identity)
+        draft.describe["provenance.parquet"] = {"rows": table.num_rows}
+        draft.metrics["rows_by_rule"] = dict(sorted(Counter(plan.rules).items()))
+        draft.metrics["tied"] = bool(model.config.get_text_config().tie_word_embeddings)
+
+
+def make_plan(method: str, target: Any, source: Any, rows: int) -> Any:
+    """Return the `fvt.Plan` of a method for two ByteViews."""
+    from stages.embeddings import fvt
+
+    if method != "fvt":
+        return fvt.uniform_plan(target.vocab_size, method, rows)
+    if target.digest == source.digest:
+        return fvt.identity_plan(target.vocab_size)
+    return fvt.plan(vocabulary(target), vocabulary(source), rows=rows)
+
+
+def vocabulary(view: Any) -> Any:
+    """Return what FVT reads of a ByteView."""
+    raise NotImplementedError
+
+
+def copy_tokenizer(manifest: dict[str, Any], folder: Any) -> None:
+    """Copy the files that transformers reads from a tokenizer artifact into `folder`."""
+    import shutil
+
+    from stages.core.artifact import data_path
+
+    for name in manifest["data"]:
+        if name not in ("tokens.parquet", "byte_view.json"):
+            shutil.copyfile(data_path(manifest, name), folder / name)
+
+
+def provenance(plan: Any, token_bytes: list[bytes | None], norms: Any) -> Any:
+    """Return the provenance table: one row per target id; `norms` are the L2 norms of the input rows."""
+    import pyarrow as pa
+
+    from stages.artifacts.schemas import PROVENANCE
+
+    columns = [list(range(len(plan.rules))), token_bytes, plan.rules, plan.sources, norms]
+    return pa.table(dict(zip(PROVENANCE.names, columns, strict=True)), schema=PROVENANCE)
+
+
+if __name__ == "__main__":
+    stage.run(main)
