@@ -12,7 +12,9 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden", type=Path, default=None, help="folder with golden numbers (default: tests/golden/figures)")
+    parser.addoption(
+        "--golden", type=Path, default=None, help="folder with golden numbers (default: tests/golden/figures)"
+    )
     parser.addoption("--tokenizers", type=Path, default=None, help="folder of real tokenizers, one folder each")
 
 

@@ -48,10 +48,22 @@ PROVENANCE = pa.schema(
 
 # Held-out scores, one row per example.
 SCORES = pa.schema(
-    [("example_id", pa.string()), ("document_id", pa.string()), ("bytes", pa.int32()), ("tokens", pa.int32()), ("bits", pa.float64())]
+    [
+        ("example_id", pa.string()),
+        ("document_id", pa.string()),
+        ("bytes", pa.int32()),
+        ("tokens", pa.int32()),
+        ("bits", pa.float64()),
+    ]
 )
 
 # Scores of an lm-eval suite, one row per task, document and metric.
 TASK_SAMPLES = pa.schema(
-    [("task", pa.string()), ("doc_id", pa.int64()), ("filter", pa.string()), ("metric", pa.string()), ("value", pa.float64())]
+    [
+        ("task", pa.string()),
+        ("doc_id", pa.int64()),
+        ("filter", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+    ]
 )

@@ -19,7 +19,9 @@ def schema_with(schema: pa.Schema, identity: dict[str, str]) -> pa.Schema:
 
 def write_table(path: Path, table: pa.Table, identity: dict[str, str]) -> None:
     """Write `table` as zstd Parquet with its identity. For a file inside a Draft's staging folder."""
-    pq.write_table(table.replace_schema_metadata(schema_with(table.schema, identity).metadata), path, compression="zstd")
+    pq.write_table(
+        table.replace_schema_metadata(schema_with(table.schema, identity).metadata), path, compression="zstd"
+    )
 
 
 def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:

@@ -54,7 +54,9 @@ def read_manifest(path: Path, name: str = "") -> dict[str, Any]:
         raise UserError(f"{path} is not a manifest: remove it and run `snakemake --cores all {path}`.") from None
     if manifest.get("format") != FORMAT:
         found = manifest.get("format")
-        raise UserError(f"{path} ({stage}) has manifest format {found}, this code reads {FORMAT}: remove it and run again.")
+        raise UserError(
+            f"{path} ({stage}) has manifest format {found}, this code reads {FORMAT}: remove it and run again."
+        )
     return manifest | {"path": path, "name": name or str(path)}
 
 

@@ -8,7 +8,7 @@ and formatting invalidate nothing and every real change does.
 import ast
 import hashlib
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 PACKAGE = "stages"
@@ -63,7 +63,7 @@ def _tree_digest(source: Path) -> str:
     return _parsed(source, status.st_mtime_ns, status.st_size, "")[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parsed(source: Path, mtime_ns: int, size: int, package: str) -> tuple[str, tuple[str, ...]]:
     """Return (digest of the tree, imported project names); the stat values only key the cache."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
@@ -89,5 +89,9 @@ def _drop_docstrings(tree: ast.AST) -> None:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 node.body = node.body[1:]

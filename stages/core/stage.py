@@ -104,7 +104,10 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        status, sentence = 2, f"{error.strerror} ({error.filename or 'while writing'}): make room or choose another place, then run again."
+        status, sentence = (
+            2,
+            f"{error.strerror} ({error.filename or 'while writing'}): make room or choose another place, then run again.",
+        )
     except Exception as error:
         traceback.print_exc()
         status, sentence = 1, f"{type(error).__name__}: {error}"

@@ -27,7 +27,9 @@ def refuse_duplicate_keys(paths: list[Path]) -> None:
             key = loader.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if isinstance(key, str) and key in seen:
-                raise UserError(f"{path}, line {line}: `{key}` was already given in line {seen[key]}; rename one of the two.")
+                raise UserError(
+                    f"{path}, line {line}: `{key}` was already given in line {seen[key]}; rename one of the two."
+                )
             if isinstance(key, str):
                 seen[key] = line
         return loader.construct_mapping(node, deep=True)
@@ -54,7 +56,9 @@ def validate(value: Any, schema: dict, definition: str | None, where: str) -> An
     import jsonschema
 
     target = {"$ref": f"#/$defs/{definition}", "$defs": schema["$defs"]} if definition else schema
-    errors = sorted(jsonschema.Draft202012Validator(target).iter_errors(value), key=lambda error: [str(part) for part in error.path])
+    errors = sorted(
+        jsonschema.Draft202012Validator(target).iter_errors(value), key=lambda error: [str(part) for part in error.path]
+    )
     if errors:
         raise UserError(_sentence(errors[0], where))
     return with_defaults(value, schema["$defs"][definition] if definition else schema, schema["$defs"])
@@ -63,7 +67,9 @@ def validate(value: Any, schema: dict, definition: str | None, where: str) -> An
 def with_defaults(value: Any, schema: dict, definitions: dict) -> Any:
     """Return a copy of `value` in which every absent key with a default in the schema is filled in."""
     if "$ref" in schema:
-        schema = definitions[schema["$ref"].rpartition("/")[2]] | {key: item for key, item in schema.items() if key != "$ref"}
+        schema = definitions[schema["$ref"].rpartition("/")[2]] | {
+            key: item for key, item in schema.items() if key != "$ref"
+        }
     if isinstance(value, list):
         return [with_defaults(item, schema.get("items", {}), definitions) for item in value]
     if not isinstance(value, dict):
@@ -113,19 +119,33 @@ def _sentence(error: Any, where: str) -> str:
         missing = next(key for key in error.validator_value if key not in value)
         return f"{start} lacks the key `{missing}`; add it."
     if kind == "type":
-        return f"{start} is {_shown(value)} but must be {_types(error.validator_value)}; correct it.{_float_hint(value)}"
+        return (
+            f"{start} is {_shown(value)} but must be {_types(error.validator_value)}; correct it.{_float_hint(value)}"
+        )
     if kind == "enum":
         return f"{start} is {_shown(value)}; {nearest(value, [str(item) for item in error.validator_value])}"
     if kind == "pattern":
         return f"{start} is {_shown(value)}: only lower-case letters, digits, '.', '_' and '-' may stand there (no path separators)."
-    bounds = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "more than", "exclusiveMaximum": "less than"}
+    bounds = {
+        "minimum": "at least",
+        "maximum": "at most",
+        "exclusiveMinimum": "more than",
+        "exclusiveMaximum": "less than",
+    }
     if kind in bounds:
         return f"{start} is {_shown(value)} but must be {bounds[kind]} {error.validator_value}; correct it."
     return f"{start}: {error.message}."
 
 
 def _shown(value: Any) -> str:
-    names = {bool: "true or false", str: "text", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
+    names = {
+        bool: "true or false",
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        list: "a list",
+        dict: "a mapping",
+    }
     return "empty" if value is None else f"{value!r} ({names.get(type(value), type(value).__name__)})"
 
 

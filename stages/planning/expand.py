@@ -16,9 +16,16 @@ def expand(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     """
     check_names(config)
     full = validate(config, schema, None, "")
-    full["corpora"] = {name: _validate_kind(name, entry, schema, "corpora", CORPUS_KINDS) for name, entry in full["corpora"].items()}
+    full["corpora"] = {
+        name: _validate_kind(name, entry, schema, "corpora", CORPUS_KINDS) for name, entry in full["corpora"].items()
+    }
     for section, alternatives in (("tokenizers", ("source", "train")), ("models", ("path", "pretrain"))):
-        prefix = {"source": "tokenizer_source", "train": "tokenizer_train", "path": "model_source", "pretrain": "model_pretrain"}
+        prefix = {
+            "source": "tokenizer_source",
+            "train": "tokenizer_train",
+            "path": "model_source",
+            "pretrain": "model_pretrain",
+        }
         for name, entry in full[section].items():
             where = f"{section}.{name}"
             given = [key for key in alternatives if key in entry]
@@ -62,7 +69,9 @@ def expand_matrices(experiments: dict[str, dict]) -> dict[str, dict]:
                 settings = merged(settings, overrides)
             check_name(label, "experiments")
             if label in expanded:
-                raise UserError(f"Config: two experiments are called `{label}`; rename one, or a value of `experiments.{name}.matrix`.")
+                raise UserError(
+                    f"Config: two experiments are called `{label}`; rename one, or a value of `experiments.{name}.matrix`."
+                )
             expanded[label] = settings
     return expanded
 
@@ -71,7 +80,9 @@ def merged(base: dict, overrides: dict) -> dict:
     """Return `base` with `overrides` laid over it, mapping by mapping."""
     result = dict(base)
     for key, value in overrides.items():
-        result[key] = merged(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+        result[key] = (
+            merged(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+        )
     return result
 
 
@@ -131,7 +142,9 @@ def _check_references(config: dict) -> None:
         if entry["kind"] == "subset":
             _known(entry["of"], corpora, f"corpora.{name}.of", "corpora")
             if corpora[entry["of"]]["kind"] == "subset":
-                raise UserError(f"Config: `corpora.{name}.of` is itself a subset; name the full corpus `{corpora[entry['of']]['of']}`.")
+                raise UserError(
+                    f"Config: `corpora.{name}.of` is itself a subset; name the full corpus `{corpora[entry['of']]['of']}`."
+                )
     for name, entry in tokenizers.items():
         if "train" in entry:
             _known(entry["train"]["corpus"], corpora, f"tokenizers.{name}.train.corpus", "corpora")
@@ -157,7 +170,9 @@ def _check_heads(name: str, architecture: dict) -> None:
 def _check_experiment(name: str, entry: dict, config: dict) -> None:
     where = f"experiments.{name}"
     if name in config["models"]:
-        raise UserError(f"Config: `{name}` is both a model and an experiment; evaluations are filed by name, so rename one.")
+        raise UserError(
+            f"Config: `{name}` is both a model and an experiment; evaluations are filed by name, so rename one."
+        )
     _known(entry["teacher"], config["models"], f"{where}.teacher", "models")
     _known(entry["tokenizer"], config["tokenizers"], f"{where}.tokenizer", "tokenizers")
     losses, weights = entry["losses"], entry["loss_weights"]
@@ -167,22 +182,34 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
     if len(set(losses)) != len(losses):
         raise UserError(f"Config: `{where}.losses` names one loss twice; use `loss_weights` to weigh it.")
     if len(weights) != len(losses):
-        raise UserError(f"Config: `{where}.loss_weights` has {len(weights)} numbers for {len(losses)} losses; give one for each.")
+        raise UserError(
+            f"Config: `{where}.loss_weights` has {len(weights)} numbers for {len(losses)} losses; give one for each."
+        )
     if losses and not any(weights):
         raise UserError(f"Config: `{where}.loss_weights` are all 0, so nothing would be learned; raise one.")
     if losses and "corpus" not in entry:
-        raise UserError(f"Config: `{where}` trains ({', '.join(losses)}) but names no `corpus`; add one of {', '.join(config['corpora'])}.")
+        raise UserError(
+            f"Config: `{where}` trains ({', '.join(losses)}) but names no `corpus`; add one of {', '.join(config['corpora'])}."
+        )
     if "corpus" in entry:
         _known(entry["corpus"], config["corpora"], f"{where}.corpus", "corpora")
     if not losses and entry["tokenizer"] == config["models"][entry["student"]]["tokenizer"]:
-        raise UserError(f"Config: `{where}` neither trains (no `losses`) nor changes the tokenizer, so it would be a copy of its student.")
+        raise UserError(
+            f"Config: `{where}` neither trains (no `losses`) nor changes the tokenizer, so it would be a copy of its student."
+        )
     train = entry["train"]
     if train["warmup_steps"] > train["steps"]:
-        raise UserError(f"Config: `{where}.train.warmup_steps` is {train['warmup_steps']}, more than `steps` ({train['steps']}); lower it.")
+        raise UserError(
+            f"Config: `{where}.train.warmup_steps` is {train['warmup_steps']}, more than `steps` ({train['steps']}); lower it."
+        )
     if losses and train["steps"] == 0:
-        raise UserError(f"Config: `{where}.train.steps` is 0 but `losses` are given; remove the losses or raise the steps.")
+        raise UserError(
+            f"Config: `{where}.train.steps` is 0 but `losses` are given; remove the losses or raise the steps."
+        )
     if train["train_model_mode"] == "embeddings" and not train["train_embeddings"]:
-        raise UserError(f"Config: `{where}.train`: train_model_mode `embeddings` with train_embeddings false trains nothing; change one.")
+        raise UserError(
+            f"Config: `{where}.train`: train_model_mode `embeddings` with train_embeddings false trains nothing; change one."
+        )
     known_flags = {"append_space", "eos_as_space", "merge_by_space_prob"}
     for flag in filter(None, entry["alm_mode"].split("+")):
         if flag not in known_flags:
@@ -193,7 +220,9 @@ def _check_evaluation(config: dict) -> None:
     evaluation = config["evaluation"]
     for flag in config["signals"]["space_mask_mode"].split("+"):
         if flag not in ("space", "tab", "newline", "special"):
-            raise UserError(f"Config: `signals.space_mask_mode` has the flag `{flag}`; {nearest(flag, ['space', 'tab', 'newline', 'special'])}")
+            raise UserError(
+                f"Config: `signals.space_mask_mode` has the flag `{flag}`; {nearest(flag, ['space', 'tab', 'newline', 'special'])}"
+            )
     for name, task in evaluation["tasks"].items():
         _known(task["corpus"], config["corpora"], f"evaluation.tasks.{name}.corpus", "corpora")
     for name, suite in evaluation["suites"].items():
@@ -201,7 +230,9 @@ def _check_evaluation(config: dict) -> None:
         if suite["kind"] == "bits_per_byte":
             _known(suite["corpus"], config["corpora"], f"{where}.corpus", "corpora")
         elif not suite["tasks"] and not suite["built"]:
-            raise UserError(f"Config: `{where}` names no task; give `tasks`, or `built` with names of evaluation.tasks.")
+            raise UserError(
+                f"Config: `{where}` names no task; give `tasks`, or `built` with names of evaluation.tasks."
+            )
         for task in suite.get("built", []):
             _known(task, evaluation["tasks"], f"{where}.built", "evaluation.tasks")
     evaluated = {**config["models"], **config["experiments"]}

@@ -1,0 +1,155 @@
+"""Identities, manifests and the command line that every stage shares."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from stages.core import artifact, code, specs, stage
+from stages.core.errors import UserError
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with one stage that imports one library module."""
+    for folder in ("stages", "stages/lib"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("")
+    (tmp_path / "stages/work.py").write_text(
+        '"""Doc."""\nfrom stages.lib import used\n\n\ndef main():\n    """Do."""\n    return used.f()\n'
+    )
+    (tmp_path / "stages/lib/used.py").write_text("def f():\n    return 1\n")
+    (tmp_path / "stages/lib/unused.py").write_text("x = 1\n")
+    return tmp_path
+
+
+CODE_CHANGES = [
+    ("stages/work.py", lambda text: text + "# a comment\n", False),
+    ("stages/work.py", lambda text: text.replace('"""Do."""', '"""Do it."""'), False),
+    ("stages/work.py", lambda text: text.replace("    return", "\n    return"), False),
+    ("stages/work.py", lambda text: text.replace("used.f()", "used.f() + 1"), True),
+    ("stages/lib/used.py", lambda text: text.replace("1", "2"), True),
+    ("stages/lib/unused.py", lambda text: text.replace("1", "2"), False),
+    ("stages/lib/__init__.py", lambda text: "x = 1\n", True),
+]
+
+
+@pytest.mark.parametrize(("file", "edit", "differs"), CODE_CHANGES)
+def test_code_digest_sees_real_changes_only(project, file, edit, differs):
+    before = code.code_digest("stages.work", root=project)
+    path = project / file
+    path.write_text(edit(path.read_text()))
+    os.utime(path, ns=(1, 1))
+    assert (code.code_digest("stages.work", root=project) != before) is differs
+
+
+def test_code_digest_covers_imports_inside_functions(project):
+    path = project / "stages/work.py"
+    path.write_text("def main():\n    from stages.lib.unused import x\n    return x\n")
+    before = code.code_digest("stages.work", root=project)
+    (project / "stages/lib/unused.py").write_text("x = 2\n")
+    assert code.code_digest("stages.work", root=project) != before
+
+
+def test_canonical_ignores_order_and_keeps_swapped_values_apart():
+    assert specs.canonical({"a": 1, "b": 2}) == specs.canonical({"b": 2, "a": 1})
+    assert specs.canonical({"a": 1, "b": 2}) != specs.canonical({"a": 2, "b": 1})
+    with pytest.raises(ValueError):
+        specs.canonical({"a": float("nan")})
+
+
+def publish(path, text, fail=False):
+    with artifact.publish(path, stage="s", spec={}, code="c", lineage="l", inputs={}) as draft:
+        (draft.folder / "data.txt").write_text(text)
+        draft.metrics["n"] = len(text)
+        if fail:
+            raise RuntimeError("killed half-way")
+
+
+def test_publish_writes_data_then_manifest(tmp_path):
+    path = tmp_path / "a" / "manifest.json"
+    publish(path, "one")
+    manifest = artifact.read_manifest(path)
+    assert manifest["metrics"] == {"n": 3} and manifest["data"]["data.txt"]["bytes"] == 3
+    assert artifact.data_path(manifest, "data.txt").read_text() == "one"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["data.txt", "manifest.json", "run.json"]
+
+
+def test_two_identical_runs_give_identical_manifests(tmp_path):
+    publish(tmp_path / "a" / "manifest.json", "one")
+    publish(tmp_path / "b" / "manifest.json", "one")
+    assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
+
+
+def test_failed_publish_leaves_the_earlier_artifact(tmp_path):
+    path = tmp_path / "manifest.json"
+    publish(path, "one")
+    with pytest.raises(RuntimeError):
+        publish(path, "other", fail=True)
+    assert artifact.data_path(artifact.read_manifest(path), "data.txt").read_text() == "one"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data.txt", "manifest.json", "run.json"]
+
+
+def test_abandoned_staging_of_a_killed_process_is_removed(tmp_path):
+    path = tmp_path / "manifest.json"
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"""
+import os, signal
+from pathlib import Path
+from stages.core import artifact
+with artifact.publish(Path({str(path)!r}), stage="s", spec={{}}, code="c", lineage="l", inputs={{}}) as draft:
+    (draft.folder / "data.txt").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+""",
+        ]
+    )
+    assert process.returncode == -9 and not path.exists() and len(list(tmp_path.iterdir())) == 1
+    publish(path, "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data.txt", "manifest.json", "run.json"]
+
+
+def test_truncated_data_is_refused(tmp_path):
+    path = tmp_path / "manifest.json"
+    publish(path, "one")
+    (tmp_path / "data.txt").write_text("o")
+    assert "holds 1 bytes instead of 3" in artifact.damage(path)
+    with pytest.raises(UserError, match="holds 1 bytes instead of 3"):
+        artifact.data_path(artifact.read_manifest(path), "data.txt")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"stage": 1}'])
+def test_damaged_manifest_is_refused(tmp_path, text):
+    path = tmp_path / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="manifest"):
+        artifact.read_manifest(path)
+
+
+def test_another_identity_is_refused(tmp_path):
+    publish(tmp_path / "manifest.json", "one")
+    entry = {"manifest": "manifest.json", "lineage": "other"}
+    argv = ["--root", str(tmp_path), "--manifest", "b/manifest.json", "--spec", json.dumps({"inputs": {"x": entry}})]
+    with pytest.raises(UserError, match="has identity l but this run expects other"):
+        stage.parse("stages.core.stage", None, argv)
+
+
+def test_other_code_than_planned_is_refused(tmp_path):
+    argv = ["--root", str(tmp_path), "--manifest", "m.json", "--spec", '{"inputs":{}}', "--code", "0" * 32]
+    with pytest.raises(UserError, match="the run was planned with 000.*start snakemake again"):
+        stage.parse("stages.core.stage", None, argv)
+
+
+def test_spec_that_is_no_json_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--spec must be a JSON object"):
+        stage.parse("stages.core.stage", None, ["--root", str(tmp_path), "--manifest", "m", "--spec", "{"])
+
+
+def test_user_errors_end_a_program_with_one_sentence(tmp_path):
+    program = "from stages.core import stage\nfrom stages.core.errors import UserError\ndef main():\n    raise UserError('No corpus.')\nstage.run(main)\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: No corpus.\n")

@@ -1,0 +1,45 @@
+# Teacher signals: one job for each shard, joined by an index.
+
+
+rule teacher_signals:
+    input:
+        unpack(inputs_of("teachers/{teacher}/{corpus}/part-{shard}.manifest.json")),
+    output:
+        manifest=ROOT + "/teachers/{teacher}/{corpus}/part-{shard}.manifest.json",
+        signals=ROOT + "/teachers/{teacher}/{corpus}/part-{shard}.parquet",
+    log:
+        ROOT + "/logs/teacher_signals/{teacher}/{corpus}/{shard}.log",
+    conda:
+        CONDA
+    threads: resource("teacher_signals", "threads")
+    resources:
+        mem_mb=resource("teacher_signals", "mem_mb"),
+        runtime=resource("teacher_signals", "runtime"),
+        gpu=resource("teacher_signals", "gpu"),
+    params:
+        **part_of_plan("teachers/{teacher}/{corpus}/part-{shard}.manifest.json"),
+    shell:
+        "{PYTHON} -m stages.teacher_signals --root {ROOT} --manifest teachers/{wildcards.teacher}/{wildcards.corpus}/part-{wildcards.shard}.manifest.json "
+        "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
+
+
+rule teacher_index:
+    input:
+        unpack(inputs_of("teachers/{teacher}/{corpus}/manifest.json")),
+    output:
+        manifest=ROOT + "/teachers/{teacher}/{corpus}/manifest.json",
+        shards=ROOT + "/teachers/{teacher}/{corpus}/shards.json",
+    log:
+        ROOT + "/logs/teacher_index/{teacher}/{corpus}.log",
+    localrule: True
+    conda:
+        CONDA
+    threads: resource("teacher_index", "threads")
+    resources:
+        mem_mb=resource("teacher_index", "mem_mb"),
+        runtime=resource("teacher_index", "runtime"),
+    params:
+        **part_of_plan("teachers/{teacher}/{corpus}/manifest.json"),
+    shell:
+        "{PYTHON} -m stages.teacher_index --root {ROOT} --manifest teachers/{wildcards.teacher}/{wildcards.corpus}/manifest.json "
+        "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
