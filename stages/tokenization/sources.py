@@ -1,0 +1,200 @@
+"""Turn a tokenizer folder and a spec into an exact tokenizer: probe its byte function, apply conversions, write it."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core.errors import UserError
+from stages.tokenization import chat
+from stages.tokenization.byte_functions import BYTE_FUNCTIONS, PROBES, SPACE_MARK, byte_function
+from stages.tokenization.definition import (
+    PREPENDED_SPACE,
+    Definition,
+    add_token,
+    prefixes_every_section,
+    prepend_space,
+    read_definition,
+    to_bytes_only,
+    without_prefix_space,
+)
+from stages.tokenization.kinds import kind_named
+from stages.tokenization.spec import TokenizerSpec
+from stages.tokenization.view import SETTINGS_FILE, ByteView, read_settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass
+class Prepared:
+    """An exact tokenizer that can be written: parsed tokenizer.json, settings of the byte view, tokenizer_config.json."""
+
+    tokenizer: dict[str, Any]
+    settings: dict[str, Any]
+    config: dict[str, Any]
+
+
+def load(folder: Path) -> ByteView:
+    """Load a ByteView from a folder of the tokenizer stage, or from any other tokenizer folder; see `ByteView.load`."""
+    from tokenizers import Tokenizer
+
+    settings = read_settings(folder)
+    if settings is None:
+        return view_of(prepare(folder, TokenizerSpec(str(folder))), folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    unprefixed = None
+    if settings["prefix_space"]:
+        unprefixed = _built(without_prefix_space(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))))
+    return ByteView(tokenizer, unprefixed, settings, folder)
+
+
+def view_of(prepared: Prepared, folder: Path) -> ByteView:
+    """Return the ByteView of a prepared tokenizer."""
+    unprefixed = _built(without_prefix_space(prepared.tokenizer)) if prepared.settings["prefix_space"] else None
+    return ByteView(_built(prepared.tokenizer), unprefixed, prepared.settings, folder)
+
+
+def prepare(folder: Path, spec: TokenizerSpec) -> Prepared:
+    """Read the tokenizer in `folder`, apply `spec`, and make sure that no byte is lost.
+
+    UserError, naming the tokenizer, when it is not a fast tokenizer or when text does not come back.
+    """
+    definition = read_definition(folder, spec.name)
+    tokenizer = definition.tokenizer
+    source = kind_named(spec.source, spec.name) if spec.source else None
+    kind = kind_named(spec.kind, spec.name) if spec.kind else None
+    function = source.byte_function if source else None
+    for content in kind.specials if kind else ():
+        add_token(tokenizer, content)
+    if kind:
+        named = {"bos": kind.bos, "eos": kind.eos, "pad": kind.pad, "unk": definition.named.get("unk")}
+        definition.named = {role: content for role, content in named.items() if content}
+        definition.template = chat.template_of_kind(kind)
+    if spec.conversion == "byte":
+        to_bytes_only(tokenizer, list(kind.specials) if kind else _specials(tokenizer))
+        function = "byte_level"
+    elif spec.conversion == "prebyteified":
+        function = "byte_level"
+    elif spec.conversion == "manual_add_prefix_space":
+        prepend_space(tokenizer)
+    return _settled(definition, spec, function)
+
+
+def _settled(definition: Definition, spec: TokenizerSpec, function: str | None) -> Prepared:
+    tokenizer, named = definition.tokenizer, definition.named
+    if definition.template is None:
+        start = named.get("bos") or named.get("eos") or ""
+        definition.template = chat.plain_template(start, named.get("eos", ""))
+    settings: dict[str, Any] = {
+        "name": spec.name,
+        "kind": spec.kind,
+        "conversion": spec.conversion,
+        "mark": _space_mark(tokenizer),
+        "subword_prefix": _subword_prefix(tokenizer),
+        "named": named,
+        "template": definition.template,
+    }
+    settings["byte_function"], prefixed = _probe(tokenizer, settings, function)
+    settings["prefix_space"] = ("always" if prefixes_every_section(tokenizer) else "first") if prefixed else None
+    described = {key: value for key, value in settings.items() if key != "name"}
+    content = json.dumps([tokenizer, described], sort_keys=True, ensure_ascii=True)
+    settings["digest"] = hashlib.sha256(content.encode()).hexdigest()[:32]
+    config = {f"{role}_token": content for role, content in named.items()}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if definition.max_length is not None:
+        config["model_max_length"] = definition.max_length
+    return Prepared(tokenizer, settings, config)
+
+
+def write(prepared: Prepared, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and byte_view.json into `folder`."""
+    _dump(folder / "tokenizer.json", prepared.tokenizer)
+    _dump(folder / "tokenizer_config.json", prepared.config)
+    _dump(folder / SETTINGS_FILE, prepared.settings)
+    (folder / "chat_template.jinja").write_text(prepared.settings["template"], encoding="utf-8")
+
+
+def _probe(tokenizer: dict[str, Any], settings: dict[str, Any], function: str | None) -> tuple[str, bool]:
+    """Return (name of the byte function, whether a dummy space is put before text).
+
+    Tries the candidates on PROBES and takes the first that gives every byte back; `function` limits it to one.
+    """
+    built = _built(tokenizer)
+    built.encode_special_tokens = True
+    unknown = built.token_to_id(settings["named"].get("unk", "")) if settings["named"].get("unk") else None
+    losses = []
+    for name in (function,) if function else BYTE_FUNCTIONS:
+        convert = byte_function(name, settings["mark"], settings["subword_prefix"])
+        loss, prefixed = _first_loss(built, convert, unknown)
+        if loss is None:
+            return name, prefixed
+        losses.append(loss)
+    # The shortest difference is the one of the candidate that came closest.
+    text, back = min(losses, key=lambda loss: _distance(*loss))
+    raise UserError(
+        f"Tokenizer {settings['name']} loses text: {text!r} comes back as {back!r}; use a tokenizer that keeps every byte "
+        "(byte-level BPE, or SentencePiece with byte fallback), or name its `source=` kind."
+    )
+
+
+def _first_loss(tokenizer: "Tokenizer", convert: Any, unknown: int | None) -> tuple[tuple[str, str] | None, bool]:
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if not token.special}
+    prefixed = False
+    for text in PROBES:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        if unknown is not None and unknown in ids:
+            continue
+        back = b"".join(added[i].encode() if i in added else convert(tokenizer.id_to_token(i)) for i in ids)
+        if back == b" " + text.encode():
+            prefixed = True
+        elif back != text.encode():
+            return (text, back.decode(errors="replace")), prefixed
+    return None, prefixed
+
+
+def _distance(text: str, back: str) -> int:
+    return sum(a != b for a, b in zip(text, back, strict=False)) + abs(len(text) - len(back))
+
+
+def _built(tokenizer: dict[str, Any]) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(tokenizer, ensure_ascii=False))
+    except Exception as error:
+        raise UserError(f"The tokenizers library cannot read this tokenizer.json ({error}).") from None
+
+
+def _specials(tokenizer: dict[str, Any]) -> list[str]:
+    return [token["content"] for token in tokenizer["added_tokens"] if token["special"]]
+
+
+def _space_mark(tokenizer: dict[str, Any]) -> str:
+    """Return the character that stands for a space: that of a Metaspace, or a Replace of " " in the normalizer."""
+    parts = [tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")]
+    for part in parts:
+        for inner in (part or {}).get("pretokenizers", (part or {}).get("normalizers", [part])):
+            if not inner or inner == PREPENDED_SPACE:
+                continue
+            if inner["type"] == "Metaspace":
+                return inner["replacement"]
+            if inner["type"] == "Replace" and inner["pattern"] == {"String": " "}:
+                return inner["content"]
+    return SPACE_MARK
+
+
+def _subword_prefix(tokenizer: dict[str, Any]) -> str:
+    return (
+        (tokenizer["model"].get("continuing_subword_prefix") or "")
+        if tokenizer["model"].get("type") == "WordPiece"
+        else ""
+    )
+
+
+def _dump(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(
+        json.dumps(value, ensure_ascii=False, indent=1, sort_keys=path.name != "tokenizer.json") + "\n",
+        encoding="utf-8",
+    )
