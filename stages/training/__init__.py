@@ -1,0 +1,1 @@
+"""Data order, head kernels, trainer, adapters, checkpoints."""

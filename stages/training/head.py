@@ -1,0 +1,227 @@
+"""Statistics of a language model's output distribution without its logits.
+
+The vocabulary axis exists for one block of tokens at a time, forward and backward (the idea of cut cross entropy,
+arXiv 2411.09009, with more than one output). Kept for the backward pass: the hidden states and three numbers
+per token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+STATISTICS = ("observed_logprob", "boundary_logprob", "eos_logprob")
+BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+WEIGHT_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of the temporary factors in the backward pass
+SMALL_MASS = 1e-25  # below it, log boundary mass is computed on the boundary columns alone
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a head makes logits: softcap * tanh(scale * (h W^T + b) / softcap), cut to `vocab` columns."""
+
+    vocab: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    boundary_mask: torch.Tensor | None = None,
+    eos_id: int | None = None,
+    vocab: int | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    block: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return {observed_logprob, boundary_logprob, eos_logprob}, float32 [N] each, differentiable; the asked ones only.
+
+    `hidden` [N, d], `weight` [V, d], `bias` [V]; `targets` int64 [N] below `vocab`. `boundary_mask` bool [vocab] asks
+    for the log of the probability mass on its tokens, `eos_id` for the log-probability of that token. `vocab`: rows
+    of the weight that are real; the others are padding and take no part. `block`: tokens at a time. Products run in
+    autocast's type if autocast is on, else in the type of `hidden`; everything after them in float32.
+    """
+    kind = hidden.device.type
+    vocab = weight.shape[0] if vocab is None else vocab
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    shape = Shape(vocab, float(scale), float(softcap) if softcap else None)
+    mask = None if boundary_mask is None else boundary_mask.to(torch.float32)
+    size = block or block_size(vocab, hidden.device)
+    observed, boundary, eos = _HeadStatistics.apply(hidden, weight, bias, targets, mask, eos_id, shape, size, compute)
+    result = {"observed_logprob": observed}
+    if boundary_mask is not None:
+        result["boundary_logprob"] = boundary
+    if eos_id is not None:
+        result["eos_logprob"] = eos
+    return result
+
+
+def block_size(vocab: int, device: torch.device) -> int:
+    """Return the tokens per block: enough rows for fast products, few enough that the block is small."""
+    return max(16, BLOCK_ELEMENTS.get(device.type, 2**26) // vocab)
+
+
+def block_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: Shape
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return float32 logits [n, vocab], and tanh of the capped logits for the backward pass (None without softcap)."""
+    logits = (hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)).float()
+    if shape.scale != 1.0:
+        logits *= shape.scale
+    if shape.softcap is None:
+        return logits, None
+    capped = logits.div_(shape.softcap).tanh_()
+    return capped * shape.softcap, capped
+
+
+def normalise_block(
+    logits: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the log-normaliser [n], the log-probability mass [n] of the columns in `mask` and the rows to redo.
+
+    `logits` [n, vocab] are used up; `mask` float32 [vocab]. Rows to redo (None, or bool [n]) have a mass so small that
+    it has to be computed from the logits of those columns alone.
+    """
+    top = logits.amax(-1)
+    exponentials = logits.sub_(top[:, None]).exp_()
+    total = exponentials.sum(-1)
+    if mask is None:
+        return total.log_().add_(top), None, None
+    share = torch.mv(exponentials, mask).div_(total)
+    small = share < SMALL_MASS
+    boundary = share.clamp_(SMALL_MASS, 1).log_()
+    return total.log_().add_(top), boundary, small if bool(small.any()) else None
+
+
+class _HeadStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        mask: torch.Tensor | None,
+        eos_id: int | None,
+        shape: Shape,
+        block: int,
+        compute: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        number = hidden.shape[0]
+        observed = hidden.new_empty(number, dtype=torch.float32)
+        normaliser = torch.empty_like(observed)
+        boundary = torch.empty_like(observed) if mask is not None else None
+        eos = torch.empty_like(observed) if eos_id is not None else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = weight[: shape.vocab].to(compute)
+            offsets = None if bias is None else bias[: shape.vocab].to(compute)
+            for start in range(0, number, block):
+                part = slice(start, min(start + block, number))
+                inputs = hidden[part].to(compute)
+                logits, _ = block_logits(inputs, rows, offsets, shape)
+                observed[part] = logits.gather(1, targets[part, None])[:, 0]
+                if eos is not None:
+                    eos[part] = logits[:, eos_id]
+                normaliser[part], mass, small = normalise_block(logits, mask)
+                if small is not None:
+                    logits, _ = block_logits(inputs[small], rows, offsets, shape)
+                    mass[small] = torch.logsumexp(logits[:, mask > 0], -1) - normaliser[part][small]
+                if boundary is not None:
+                    boundary[part] = mass
+        observed -= normaliser
+        if eos is not None:
+            eos -= normaliser
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, targets, mask, normaliser, boundary)
+        ctx.settings = eos_id, shape, block, compute
+        return observed, boundary, eos
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+        hidden, weight, bias, targets, mask, normaliser, boundary = ctx.saved_tensors
+        eos_id, shape, block, compute = ctx.settings
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        rows = weight[: shape.vocab].to(compute)
+        offsets = None if bias is None else bias[: shape.vocab].to(compute)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=_accumulator(weight)) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        for start in range(0, hidden.shape[0], block):
+            part = slice(start, min(start + block, hidden.shape[0]))
+            inputs = hidden[part].to(compute)
+            logits, capped = block_logits(inputs, rows, offsets, shape)
+            saved = (targets[part], mask, normaliser[part], None if boundary is None else boundary[part])
+            slope = _logit_gradient(logits, [None if g is None else g[part] for g in gradients], *saved, eos_id)
+            if capped is not None:
+                slope.mul_(capped.square_().neg_().add_(1))
+            if shape.scale != 1.0:
+                slope.mul_(shape.scale)
+            if grad_bias is not None:
+                grad_bias[: shape.vocab] += slope.sum(0)
+            slope = slope.to(compute)
+            if grad_hidden is not None:
+                grad_hidden[part] = slope @ rows
+            if grad_weight is not None:
+                _add_product(grad_weight[: shape.vocab], slope.T, inputs)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _logit_gradient(
+    logits: torch.Tensor,
+    gradients: list[torch.Tensor | None],
+    targets: torch.Tensor,
+    mask: torch.Tensor | None,
+    normaliser: torch.Tensor,
+    boundary: torch.Tensor | None,
+    eos_id: int | None,
+) -> torch.Tensor:
+    """Return d/dlogits in place of `logits`: g_o (1_target - p) + g_b (q - p) + g_e (1_eos - p), q = p on the boundary.
+
+    q is the softmax within the boundary columns, p * mask / exp(boundary).
+    """
+    of_observed, of_boundary, of_eos = gradients
+    zero = torch.zeros_like(normaliser)
+    of_observed = zero if of_observed is None else of_observed
+    total = of_observed + (0 if of_boundary is None else of_boundary) + (0 if of_eos is None else of_eos)
+    slope = logits.sub_(normaliser[:, None])
+    rare = None
+    if of_boundary is not None and mask is not None and boundary is not None:
+        small = boundary < -60  # 1 / exp(boundary) would overflow beside p = 0
+        if small.any():
+            inside = (slope[small] - boundary[small, None]).masked_fill_(mask == 0, -torch.inf).exp_()
+            rare = small, inside * of_boundary[small, None]
+        factor = torch.where(small, zero, of_boundary * torch.exp(-boundary.clamp(min=-60)))
+        slope.exp_()
+        step = max(1, WEIGHT_ELEMENTS.get(slope.device.type, 2**26) // slope.shape[1])
+        for start in range(0, len(slope), step):
+            part = slice(start, start + step)
+            slope[part].mul_(torch.addr(-total[part, None], factor[part], mask))
+    else:
+        slope.exp_().mul_(-total[:, None])
+    if rare is not None:
+        slope[rare[0]] += rare[1]
+    slope.scatter_add_(1, targets[:, None], of_observed[:, None])
+    if of_eos is not None:
+        slope[:, eos_id] += of_eos
+    return slope
+
+
+def _accumulator(weight: torch.Tensor) -> torch.dtype:
+    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left @ right to `total` in place."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += (left @ right).to(total.dtype)

@@ -1,0 +1,31 @@
+"""SFT against tokenkit's `compute_sft_loss`: values and gradients of tokenkit_sft_uld.json."""
+
+import json
+
+import numpy as np
+import torch
+
+from stages.losses import sft
+
+
+def test_sft(golden):
+    cases = json.loads((golden / "tokenkit_sft_uld.json").read_text())
+    cases = [case for case in cases if case["id"].startswith("sft")]
+    z = dict(np.load(golden / "tokenkit_sft_uld.npz"))
+    ids, mask = z["input_ids"], z["loss_mask"]
+    rows, length = ids.shape
+    assert cases
+    for case in cases:
+        logits = torch.tensor(z["student_logits"], requires_grad=True)
+        following = torch.tensor(np.roll(ids, -1, axis=1), dtype=torch.int64)
+        observed = torch.log_softmax(logits, -1).gather(-1, following[..., None]).flatten()
+        targets = sft.target_rows(mask.reshape(-1), np.arange(rows + 1) * length)
+        total, _ = sft.loss({"observed_logprob": observed}, {"rows": torch.tensor(targets)}, {})
+        whole = mask if case["global_batch_is_batch"] else z["global_loss_mask"]
+        count = sft.target_rows(whole.reshape(-1), np.arange(len(whole) + 1) * length)
+        # tokenkit divides means: of the batch by that of the global batch, which has more rows.
+        value = total / len(count) * (len(whole) / rows)
+        np.testing.assert_allclose(value.item(), case["loss"], rtol=1e-4, atol=1e-6)
+        value.backward()
+        number = case["id"].split("_")[1]
+        np.testing.assert_allclose(logits.grad.numpy(), z[f"sft_grad_{number}"], rtol=1e-3, atol=1e-6)
