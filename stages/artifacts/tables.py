@@ -70,4 +70,7 @@ def identity_of(path: Path) -> dict[str, str]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}): it is damaged or cut off; remove it and build it again."
+    return (
+        f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}): it is damaged or cut off; remove it "
+        "and build it again."
+    )

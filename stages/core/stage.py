@@ -106,7 +106,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         status, sentence = (
             2,
-            f"{error.strerror} ({error.filename or 'while writing'}): make room or choose another place, then run again.",
+            f"{error.strerror} ({error.filename or 'while writing'}): make room or choose another place, then run "
+            "again.",
         )
     except Exception as error:
         traceback.print_exc()

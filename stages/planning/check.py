@@ -125,7 +125,10 @@ def _sentence(error: Any, where: str) -> str:
     if kind == "enum":
         return f"{start} is {_shown(value)}; {nearest(value, [str(item) for item in error.validator_value])}"
     if kind == "pattern":
-        return f"{start} is {_shown(value)}: only lower-case letters, digits, '.', '_' and '-' may stand there (no path separators)."
+        return (
+            f"{start} is {_shown(value)}: only lower-case letters, digits, '.', '_' and '-' may stand there "
+            "(no path separators)."
+        )
     bounds = {
         "minimum": "at least",
         "maximum": "at most",

@@ -70,7 +70,8 @@ def expand_matrices(experiments: dict[str, dict]) -> dict[str, dict]:
             check_name(label, "experiments")
             if label in expanded:
                 raise UserError(
-                    f"Config: two experiments are called `{label}`; rename one, or a value of `experiments.{name}.matrix`."
+                    f"Config: two experiments are called `{label}`; rename one, or a value of "
+                    f"`experiments.{name}.matrix`."
                 )
             expanded[label] = settings
     return expanded
@@ -143,7 +144,8 @@ def _check_references(config: dict) -> None:
             _known(entry["of"], corpora, f"corpora.{name}.of", "corpora")
             if corpora[entry["of"]]["kind"] == "subset":
                 raise UserError(
-                    f"Config: `corpora.{name}.of` is itself a subset; name the full corpus `{corpora[entry['of']]['of']}`."
+                    f"Config: `corpora.{name}.of` is itself a subset; name the full corpus "
+                    f"`{corpora[entry['of']]['of']}`."
                 )
     for name, entry in tokenizers.items():
         if "train" in entry:
@@ -162,7 +164,8 @@ def _check_heads(name: str, architecture: dict) -> None:
     hidden, heads = architecture["hidden_size"], architecture["num_attention_heads"]
     if hidden % heads or (hidden // heads) % 2:
         raise UserError(
-            f"Config: `models.{name}.pretrain.architecture`: hidden_size {hidden} must be num_attention_heads ({heads}) "
+            f"Config: `models.{name}.pretrain.architecture`: hidden_size {hidden} must be num_attention_heads "
+            f"({heads}) "
             "times an even number; change one."
         )
 
@@ -189,18 +192,21 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
         raise UserError(f"Config: `{where}.loss_weights` are all 0, so nothing would be learned; raise one.")
     if losses and "corpus" not in entry:
         raise UserError(
-            f"Config: `{where}` trains ({', '.join(losses)}) but names no `corpus`; add one of {', '.join(config['corpora'])}."
+            f"Config: `{where}` trains ({', '.join(losses)}) but names no `corpus`; add one of "
+            f"{', '.join(config['corpora'])}."
         )
     if "corpus" in entry:
         _known(entry["corpus"], config["corpora"], f"{where}.corpus", "corpora")
     if not losses and entry["tokenizer"] == config["models"][entry["student"]]["tokenizer"]:
         raise UserError(
-            f"Config: `{where}` neither trains (no `losses`) nor changes the tokenizer, so it would be a copy of its student."
+            f"Config: `{where}` neither trains (no `losses`) nor changes the tokenizer, so it would be a copy of "
+            "its student."
         )
     train = entry["train"]
     if train["warmup_steps"] > train["steps"]:
         raise UserError(
-            f"Config: `{where}.train.warmup_steps` is {train['warmup_steps']}, more than `steps` ({train['steps']}); lower it."
+            f"Config: `{where}.train.warmup_steps` is {train['warmup_steps']}, more than `steps` "
+            f"({train['steps']}); lower it."
         )
     if losses and train["steps"] == 0:
         raise UserError(
@@ -208,7 +214,8 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
         )
     if train["train_model_mode"] == "embeddings" and not train["train_embeddings"]:
         raise UserError(
-            f"Config: `{where}.train`: train_model_mode `embeddings` with train_embeddings false trains nothing; change one."
+            f"Config: `{where}.train`: train_model_mode `embeddings` with train_embeddings false trains nothing; "
+            "change one."
         )
     known_flags = {"append_space", "eos_as_space", "merge_by_space_prob"}
     for flag in filter(None, entry["alm_mode"].split("+")):
@@ -221,7 +228,8 @@ def _check_evaluation(config: dict) -> None:
     for flag in config["signals"]["space_mask_mode"].split("+"):
         if flag not in ("space", "tab", "newline", "special"):
             raise UserError(
-                f"Config: `signals.space_mask_mode` has the flag `{flag}`; {nearest(flag, ['space', 'tab', 'newline', 'special'])}"
+                f"Config: `signals.space_mask_mode` has the flag `{flag}`; "
+                f"{nearest(flag, ['space', 'tab', 'newline', 'special'])}"
             )
     for name, task in evaluation["tasks"].items():
         _known(task["corpus"], config["corpora"], f"evaluation.tasks.{name}.corpus", "corpora")

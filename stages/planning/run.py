@@ -59,7 +59,8 @@ def resume() -> Plan:
         value = json.loads(Path(os.environ[PLAN_VARIABLE]).read_text(encoding="utf-8"))
     except (KeyError, OSError, ValueError) as error:
         raise UserError(
-            f"The plan of this run cannot be read ({PLAN_VARIABLE}: {error}); jobs need the same file system as the main process."
+            f"The plan of this run cannot be read ({PLAN_VARIABLE}: {error}); jobs need the same file system as "
+            "the main process."
         ) from None
     return Plan(value["root"], plan.from_json(value["nodes"]), value["resources"])
 

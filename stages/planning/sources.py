@@ -57,7 +57,8 @@ def model_digest(name: str, path: str, digests: Digests) -> str | None:
     files = [file for pattern in MODEL_PATTERNS for file in folder.glob(pattern)]
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"Config: `models.{name}.path`: {path} has no config.json, so it is no Hugging Face model folder; correct the path."
+            f"Config: `models.{name}.path`: {path} has no config.json, so it is no Hugging Face model folder; "
+            "correct the path."
         )
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(

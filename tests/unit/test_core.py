@@ -140,7 +140,7 @@ def test_another_identity_is_refused(tmp_path):
 
 def test_other_code_than_planned_is_refused(tmp_path):
     argv = ["--root", str(tmp_path), "--manifest", "m.json", "--spec", '{"inputs":{}}', "--code", "0" * 32]
-    with pytest.raises(UserError, match="the run was planned with 000.*start snakemake again"):
+    with pytest.raises(UserError, match=r"the run was planned with 000.*start snakemake again"):
         stage.parse("stages.core.stage", None, argv)
 
 
@@ -150,6 +150,12 @@ def test_spec_that_is_no_json_is_refused(tmp_path):
 
 
 def test_user_errors_end_a_program_with_one_sentence(tmp_path):
-    program = "from stages.core import stage\nfrom stages.core.errors import UserError\ndef main():\n    raise UserError('No corpus.')\nstage.run(main)\n"
+    program = """
+from stages.core import stage
+from stages.core.errors import UserError
+def main():
+    raise UserError("No corpus.")
+stage.run(main)
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: No corpus.\n")
