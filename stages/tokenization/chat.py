@@ -1,7 +1,7 @@
 """Chat templates as slots: the literal text before and after each message's content, for any Jinja template.
 
-A template is rendered with placeholder contents, as transformers renders it (`apply_chat_template`, sandboxed), and cut at
-the placeholders. Contents never pass through the template, so nothing in user text can become template.
+A template is rendered with placeholder contents, as transformers renders it (`apply_chat_template`, sandboxed), and
+cut at the placeholders. Contents never pass through the template, so nothing in user text can become template.
 """
 
 import datetime
@@ -98,7 +98,7 @@ def _learn(template: str, roles: tuple[str, ...], variables: dict[str, str]) -> 
             closed = _cut(_render(template, messages[:i], variables), i)[-1]
         except TemplateRefusal:
             closed = ends[-1] if ends else ""
-        end = commonprefix([between[i], closed])
+        end = commonprefix([between[i], closed])  # noqa: RUF071
         ends.append(end)
         headers.append(between[i][len(end) :])
     ends.append(between[-1])

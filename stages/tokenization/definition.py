@@ -26,7 +26,7 @@ PREPENDED_SPACE = {"type": "Replace", "pattern": {"Regex": r"\A(?=[^ ])"}, "cont
 
 @dataclass
 class Definition:
-    """A tokenizer's files. `tokenizer` is the parsed tokenizer.json, `named` maps bos, eos, pad, unk to token strings."""
+    """A tokenizer's files: `tokenizer` is the parsed tokenizer.json, `named` maps bos, eos, pad, unk to strings."""
 
     name: str
     tokenizer: dict[str, Any]
@@ -72,7 +72,7 @@ def make_exact(tokenizer: dict[str, Any]) -> None:
 
 
 def add_token(tokenizer: dict[str, Any], content: str, special: bool = True) -> int:
-    """Make `content` an added token of a tokenizer.json, flagged special if asked; return its id (new ids come last)."""
+    """Make `content` an added token of a tokenizer.json, flagged special if asked; return its id (new ones last)."""
     for token in tokenizer["added_tokens"]:
         if token["content"] == content:
             token["special"] = token["special"] or special

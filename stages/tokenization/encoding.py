@@ -27,7 +27,7 @@ SLOTS_PER_MESSAGE = 3
 
 
 class Tokens(NamedTuple):
-    """Tokens of one text: `ids` int32 [n], `ends` int32 [n] in bytes from the text's start, `exact`: bytes reproduced."""
+    """Tokens of one text: `ids` int32 [n], `ends` int32 [n] in bytes from the text's start, `exact`: no byte lost."""
 
     ids: np.ndarray
     ends: np.ndarray

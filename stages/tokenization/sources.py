@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prepared:
-    """An exact tokenizer that can be written: parsed tokenizer.json, settings of the byte view, tokenizer_config.json."""
+    """An exact tokenizer to be written: parsed tokenizer.json, settings of the byte view, tokenizer_config.json."""
 
     tokenizer: dict[str, Any]
     settings: dict[str, Any]
@@ -79,10 +79,11 @@ def prepare(folder: Path, spec: TokenizerSpec) -> Prepared:
         function = "byte_level"
     elif spec.conversion == "manual_add_prefix_space":
         prepend_space(tokenizer)
-    return _settled(definition, spec, function)
+    return settle(definition, spec, function)
 
 
-def _settled(definition: Definition, spec: TokenizerSpec, function: str | None) -> Prepared:
+def settle(definition: Definition, spec: TokenizerSpec, function: str | None) -> Prepared:
+    """Probe a tokenizer and complete it to what is written; `function` names its byte function if known."""
     tokenizer, named = definition.tokenizer, definition.named
     if definition.template is None:
         start = named.get("bos") or named.get("eos") or ""
@@ -134,8 +135,8 @@ def _probe(tokenizer: dict[str, Any], settings: dict[str, Any], function: str | 
     # The shortest difference is the one of the candidate that came closest.
     text, back = min(losses, key=lambda loss: _distance(*loss))
     raise UserError(
-        f"Tokenizer {settings['name']} loses text: {text!r} comes back as {back!r}; use a tokenizer that keeps every byte "
-        "(byte-level BPE, or SentencePiece with byte fallback), or name its `source=` kind."
+        f"Tokenizer {settings['name']} loses text: {text!r} comes back as {back!r}; use a tokenizer that keeps every "
+        "byte (byte-level BPE, or SentencePiece with byte fallback), or name its `source=` kind."
     )
 
 

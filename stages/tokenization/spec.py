@@ -1,4 +1,4 @@
-"""Tokenizer spec strings: `name[:source=Kind][:target=Kind][:conversion=...]`, as in tokenkit's `load_byteify_tokenizer`.
+"""Tokenizer spec strings: `name[:source=Kind][:target=Kind][:conversion=...]`, as tokenkit's `load_byteify_tokenizer`.
 
 `name` is a Hub id or a local folder and may hold colons: options begin at the first `:key=`. A folder that exists
 under the longest matching name wins, so that any path can be written.

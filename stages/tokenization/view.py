@@ -157,6 +157,11 @@ class ByteView:
         """
         return encoding.encode_examples(self, slots_per_example, ends_document)
 
+    def string_of(self, identity: int) -> str:
+        """Return how a token is written: a special's own text, else its bytes, with U+FFFD for partial characters."""
+        special = self._special_tokens.get(identity)
+        return special.content if special else (self.token_bytes[identity] or b"").decode(errors="replace")
+
     def join(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of tokens together; specials have none."""
         ids = tuple(ids)

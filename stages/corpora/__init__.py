@@ -1,0 +1,1 @@
+"""Documents: where they come from, and how they are cut into examples."""

@@ -1,0 +1,165 @@
+"""Cut a data set, local files or Python's own documentation into training and held-out examples."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.core import stage
+from stages.core.errors import UserError
+
+ROWS_PER_GROUP = 10_000
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write train.parquet and heldout.parquet, one row per example (schema EXAMPLES)."""
+    job = stage.parse("stages.corpus", __doc__, argv)
+    subset = job.spec["kind"] == "subset"
+    with job.publish() as draft:
+        splits = _subset(job) if subset else _examples(job.spec)
+        writers = {split: _Writer(draft.folder / f"{split}.parquet", job.identity) for split in ("train", "heldout")}
+        for split, rows in splits:
+            writers[split].add(rows)
+        for split, writer in writers.items():
+            writer.close()
+            draft.metrics |= {f"{split}_{name}": value for name, value in writer.counts().items()}
+            draft.describe[f"{split}.parquet"] = {"rows": writer.examples}
+        if not writers["train"].examples:
+            raise UserError(_empty(job))
+
+
+def _examples(spec: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield (split, rows of one document) in document order."""
+    from stages.corpora.documents import read_documents, sampled
+
+    seen: Counter[str] = Counter()
+    seed = spec.get("seed", 0)
+    streamed = spec.get("streaming") and spec["kind"] == "hub"
+    count = None if streamed else spec.get("sample")
+    documents = sampled(read_documents(spec), count, lambda document: _fraction("sample", seed, _content_id(document.slots)))
+    for document in _with_progress(documents):
+        content = _content_id(document.slots)
+        seen[content] += 1
+        document_id = content if seen[content] == 1 else f"{content}-{seen[content]}"
+        # Both by content alone: more documents never move one to the other side, and copies stay together.
+        split = "heldout" if _fraction("heldout", seed, content) < spec["heldout"] else "train"
+        rows = _rows(document, document_id, spec["max_bytes"], spec.get("train_on", "all"))
+        if rows:
+            yield split, rows
+
+
+def _rows(document: Any, document_id: str, max_bytes: int, train_on: str) -> list[dict[str, Any]]:
+    """Return the examples of a document; those in which nothing is trained on are left out."""
+    from stages.corpora.cutting import cut_text, cut_turns
+
+    if document.slots[0][0] == "text":
+        cut = [[("text", piece, True)] for piece in cut_text(document.slots[0][1], max_bytes)]
+    else:
+        cut = cut_turns(_with_loss(document.slots, train_on), max_bytes)
+    rows = []
+    for number, turns in enumerate(cut):
+        if any(loss and text for _, text, loss in turns):
+            slots = [{"role": role, "text": text, "loss": loss} for role, text, loss in turns]
+            rows.append(
+                {
+                    "example_id": f"{document_id}:{number}",
+                    "document_id": document_id,
+                    "slots": slots,
+                    "starts_document": document.starts and number == 0,
+                    "ends_document": document.ends and number == len(cut) - 1,
+                    "bytes": sum(len(text.encode()) for _, text, _ in turns),
+                }
+            )
+    return rows
+
+
+def _with_loss(slots: tuple[tuple[str, str], ...], train_on: str) -> list[tuple[str, str, bool]]:
+    answers = [i for i, (role, _) in enumerate(slots) if role == "assistant"]
+    trained = {"all": range(len(slots)), "assistant": answers, "last_answer": answers[-1:]}[train_on]
+    return [(role, text, i in trained) for i, (role, text) in enumerate(slots)]
+
+
+def _subset(job: stage.Job) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield a share of the parent's training documents and all of its held-out ones."""
+    from stages.artifacts.schemas import EXAMPLES
+    from stages.artifacts.tables import read_batches
+
+    seed, fraction = job.spec.get("seed", 0), job.spec["fraction"]
+    for split in ("train", "heldout"):
+        for batch in read_batches(job.data("corpus", f"{split}.parquet"), EXAMPLES, ROWS_PER_GROUP):
+            rows = batch.to_pylist()
+            if split == "train":
+                rows = [row for row in rows if _fraction("subset", seed, row["document_id"]) < fraction]
+            yield split, rows
+
+
+def _content_id(slots: tuple[tuple[str, str], ...]) -> str:
+    hasher = hashlib.sha256()
+    for role, text in slots:
+        data = text.encode()
+        hasher.update(f"{role} {len(data)}\n".encode() + data)
+    return hasher.hexdigest()[:16]
+
+
+def _fraction(purpose: str, seed: int, name: str) -> float:
+    """Return a number in [0, 1) that depends on the purpose, the seed and the name alone."""
+    digest = hashlib.sha256(f"{purpose} {seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+class _Writer:
+    """Writes examples in row groups and counts them."""
+
+    def __init__(self, path: Path, identity: dict[str, str]) -> None:
+        import pyarrow.parquet as pq
+
+        from stages.artifacts.schemas import EXAMPLES
+        from stages.artifacts.tables import schema_with
+
+        self._schema = schema_with(EXAMPLES, identity)
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self._rows: list[dict[str, Any]] = []
+        self._documents: set[str] = set()
+        self.examples = self.bytes = 0
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self._rows += rows
+        self._documents.update(row["document_id"] for row in rows)
+        self.examples += len(rows)
+        self.bytes += sum(row["bytes"] for row in rows)
+        if len(self._rows) >= ROWS_PER_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def counts(self) -> dict[str, int]:
+        return {"documents": len(self._documents), "examples": self.examples, "bytes": self.bytes}
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+        self._rows = []
+
+
+def _with_progress(documents: Any) -> Any:
+    import sys
+
+    from tqdm import tqdm
+
+    return tqdm(documents, desc="documents", unit="", mininterval=0.5 if sys.stderr.isatty() else 5)
+
+
+def _empty(job: stage.Job) -> str:
+    if job.spec["kind"] == "subset":
+        return f"{job.manifest}: no training document falls into fraction {job.spec['fraction']}; choose a larger one."
+    source = job.spec.get("path") or ", ".join(job.spec.get("files", {})) or job.spec["kind"]
+    kept = f"with train_on={job.spec['train_on']} and heldout={job.spec['heldout']}" if "train_on" in job.spec else "to train on"
+    return f"{job.manifest}: {source} leaves no training text {kept}; give more documents or change these settings."
+
+
+if __name__ == "__main__":
+    stage.run(main)
