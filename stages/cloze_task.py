@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     items = cloze.questions(pool, settings["items"], np.random.default_rng(seed))
     if len(items) < settings["items"]:
         raise UserError(
-            f"Task {name!r} asks for {settings['items']} items but the held-out split gives {len(items)}: lower `items`, "
-            "`context_bytes` or `continuation_bytes`, or hold more text out."
+            f"Task {name!r} asks for {settings['items']} items but the held-out split gives {len(items)}: lower "
+            "`items`, `context_bytes` or `continuation_bytes`, or hold more text out."
         )
     with job.publish() as draft:
         (draft.folder / f"{name}.yaml").write_text(TASK.format(name=name), encoding="utf-8")

@@ -1,9 +1,17 @@
 """Evaluate a model: bits per byte of held-out text, or tasks of the LM Evaluation Harness."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.core import stage
 from stages.core.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel
+
+    from stages.core.artifact import Draft
+    from stages.tokenization import EncodedBatch
 
 BATCH_TOKENS = 8192
 
@@ -34,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             rows, facts = lm_eval_tasks(job, model, manager, draft)
         facts |= {"model": {"name": job.spec["model"]["name"]} | model_size(model)}
         write_json(draft.folder / "results.json", facts | {"results": rows})
-        draft.metrics["results"] = rows
+        draft.metrics |= {key: value for key, value in facts.items() if key != "model"} | {"results": rows}
 
 
 def dtype_for(wanted: str | None, device: str) -> str:
@@ -44,12 +52,60 @@ def dtype_for(wanted: str | None, device: str) -> str:
     return "bfloat16" if wanted in (None, "auto") else wanted
 
 
-def bits_per_byte(job: stage.Job, model: Any, draft: Any) -> tuple[list[dict], dict[str, Any]]:
-    """Score every byte of the held-out examples once; write samples.parquet; return (result rows, facts)."""
-    raise NotImplementedError
+def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> tuple[list[dict], dict[str, Any]]:
+    """Score every byte of the held-out examples once; write samples.parquet; return (result rows, facts).
+
+    Every example starts with the start token (bos, else eos), which is given; an eos at its end is not counted. Of a
+    chat, the contents that are trained on count.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    from stages.artifacts.schemas import EXAMPLES, SCORES
+    from stages.artifacts.tables import read_table, write_table
+    from stages.evaluation import bits_per_byte as formulas
+    from stages.evaluation.scoring import token_bits
+    from stages.tokenization import ByteView
+
+    view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
+    examples = read_table(job.data("corpus", "heldout.parquet"), EXAMPLES).slice(0, job.spec["suite"].get("limit"))
+    slots = examples["slots"].to_pylist()
+    batch = view.encode_examples(slots, examples["ends_document"].to_pylist())
+    scored = text_tokens(batch)
+    if scored[batch.offsets[:-1]].any():
+        raise UserError(f"Tokenizer {view.name} has neither a bos nor an eos token: the first token cannot be scored.")
+    bits = token_bits(model, batch.ids, batch.offsets, scored, view.vocab_size, BATCH_TOKENS)
+    per_example = np.add.reduceat(np.append(bits, 0.0), batch.offsets[:-1])
+    tokens = np.add.reduceat(np.append(scored, False).astype(np.int32), batch.offsets[:-1])
+    sizes = np.array([sum(len(slot["text"].encode()) for slot in row if slot["loss"]) for row in slots], np.int32)
+    columns = [examples["example_id"], examples["document_id"], sizes, tokens, per_example]
+    table = pa.table(dict(zip(SCORES.names, columns, strict=True)), schema=SCORES)
+    write_table(draft.folder / "samples.parquet", table, job.identity)
+    draft.describe["samples.parquet"] = {"rows": table.num_rows}
+    value, error, documents = formulas.ratio_with_error(per_example, sizes, examples["document_id"].to_pylist())
+    flops = formulas.forward_flops_per_token(model, formulas.mean_context(np.diff(batch.offsets)))
+    per_byte = float(tokens.sum() / sizes.sum())
+    facts = {
+        "suite": "bits_per_byte",
+        "bytes": int(sizes.sum()),
+        "tokens_per_byte": per_byte,
+        "forward_flops_per_byte": flops * per_byte,
+        "inexact_examples": int((~batch.exact).sum()),
+    }
+    row = {"task": job.inputs["corpus"]["path"].parent.name, "metric": "bits_per_byte", "value": value, "stderr": error}
+    return [row | {"n": documents, "higher_is_better": False}], facts
 
 
-def lm_eval_tasks(job: stage.Job, model: Any, manager: Any, draft: Any) -> tuple[list[dict], dict[str, Any]]:
+def text_tokens(batch: "EncodedBatch") -> "np.ndarray":
+    """Return bool [N]: the token belongs to a text that is trained on, and not to the template or to an eos."""
+    from stages.tokenization.encoding import SLOTS_PER_MESSAGE
+
+    return batch.loss & (batch.slot % SLOTS_PER_MESSAGE == 2)
+
+
+def lm_eval_tasks(
+    job: stage.Job, model: "PreTrainedModel", manager: "TaskManager", draft: "Draft"
+) -> tuple[list[dict], dict[str, Any]]:
     """Run the suite's tasks; write samples.parquet; return (result rows, facts)."""
     import pyarrow as pa
     from transformers import AutoTokenizer

@@ -1,9 +1,16 @@
 """Give a model another tokenizer: embeddings by FVT (or a baseline), everything else as it was."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.core import stage
 from stages.core.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from stages.embeddings.fvt import Plan, Vocabulary
+    from stages.tokenization import ByteView
 
 METHODS = ("fvt", "random", "mean")
 MODES = ("preserve", "untie")
@@ -21,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from stages.artifacts.tables import write_table
     from stages.embeddings import checkpoint
-    from stages.tokenization.byte_view import ByteView
+    from stages.tokenization import ByteView
 
     target = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     source = ByteView.load(job.inputs.get("source_tokenizer", job.inputs["tokenizer"])["path"].parent)
@@ -31,8 +38,8 @@ def main(argv: list[str] | None = None) -> None:
         plan = make_plan(method, target, source, rows)
         embedding = checkpoint.replace_embeddings(model, plan, rows, job.spec["seed"], mode == "untie")
         checkpoint.set_special_ids(model, target.start_id, target.eos_id, target.pad_id)
-        copy_tokenizer(job.inputs["tokenizer"], draft.folder)
         draft.describe["model.safetensors"] = checkpoint.save_model(model, draft.folder)
+        draft.metrics["auto_tokenizer"] = checkpoint.copy_tokenizer(job.inputs["tokenizer"], draft.folder)
         table = provenance(plan, target.token_bytes, embedding.float().norm(dim=1).numpy())
         write_table(draft.folder / "provenance.parquet", table, job.identity)
         draft.describe["provenance.parquet"] = {"rows": table.num_rows}
@@ -40,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         draft.metrics["tied"] = bool(model.config.get_text_config().tie_word_embeddings)
 
 
-def make_plan(method: str, target: Any, source: Any, rows: int) -> Any:
+def make_plan(method: str, target: "ByteView", source: "ByteView", rows: int) -> "Plan":
     """Return the `fvt.Plan` of a method for two ByteViews."""
     from stages.embeddings import fvt
 
@@ -51,23 +58,24 @@ def make_plan(method: str, target: Any, source: Any, rows: int) -> Any:
     return fvt.plan(vocabulary(target), vocabulary(source), rows=rows)
 
 
-def vocabulary(view: Any) -> Any:
+def vocabulary(view: "ByteView") -> "Vocabulary":
     """Return what FVT reads of a ByteView."""
-    raise NotImplementedError
+    import json
+
+    from stages.embeddings.fvt import Vocabulary
+
+    added = json.loads((view.folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    duplicates = [i for i, content in enumerate(view.token_bytes) if content and view.id_of_bytes[content] != i]
+    return Vocabulary(
+        view.token_bytes,
+        roles=view.roles,
+        special_texts={token["id"]: token["content"] for token in added if token["id"] in view.special_ids},
+        duplicate_ids=frozenset(duplicates),
+        encode=lambda texts: view.text_ids(texts, [False] * len(texts)),
+    )
 
 
-def copy_tokenizer(manifest: dict[str, Any], folder: Any) -> None:
-    """Copy the files that transformers reads from a tokenizer artifact into `folder`."""
-    import shutil
-
-    from stages.core.artifact import data_path
-
-    for name in manifest["data"]:
-        if name not in ("tokens.parquet", "byte_view.json"):
-            shutil.copyfile(data_path(manifest, name), folder / name)
-
-
-def provenance(plan: Any, token_bytes: list[bytes | None], norms: Any) -> Any:
+def provenance(plan: "Plan", token_bytes: list[bytes | None], norms: "np.ndarray") -> "pa.Table":
     """Return the provenance table: one row per target id; `norms` are the L2 norms of the input rows."""
     import pyarrow as pa
 

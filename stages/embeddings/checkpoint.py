@@ -1,14 +1,21 @@
 """Open a causal language model and give it the embeddings of another vocabulary."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from stages.core.artifact import data_path
 from stages.core.errors import UserError
 from stages.embeddings.fvt import Plan
 from stages.embeddings.rows import assemble
+from stages.tokenization.byte_functions import PROBES
+
+NOT_OF_TRANSFORMERS = ("tokens.parquet", "byte_view.json")
 
 
 def load_model(model: dict[str, Any], inputs: dict[str, Any], dtype: str | None = None) -> PreTrainedModel:
@@ -33,7 +40,7 @@ def load_model(model: dict[str, Any], inputs: dict[str, Any], dtype: str | None 
         loaded, info = AutoModelForCausalLM.from_pretrained(
             place, config=config, dtype=wanted, output_loading_info=True, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"Model {model.get('name')!r} cannot be loaded from {place}: {first}") from None
     if info["missing_keys"]:
@@ -95,3 +102,26 @@ def save_model(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding = list(model.get_input_embeddings().weight.shape)
     return {"parameters": parameters, "dtype": str(model.dtype).removeprefix("torch."), "embedding": embedding}
+
+
+def copy_tokenizer(manifest: dict[str, Any], folder: Path) -> bool:
+    """Copy a tokenizer artifact's files into a model's folder (whose config.json is there already).
+
+    Returns whether AutoTokenizer opens the folder as that tokenizer. transformers 5 takes the class of some model types
+    (qwen2 among them) from the model instead of tokenizer_config.json and then splits text as that model's own
+    tokenizer does; an empty "auto_map" makes it read the file.
+    """
+    for name in manifest["data"]:
+        if name not in NOT_OF_TRANSFORMERS:
+            shutil.copyfile(data_path(manifest, name), folder / name)
+    if _opens_as_written(folder):
+        return True
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": {"AutoTokenizer": [None, None]}}
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return _opens_as_written(folder)
+
+
+def _opens_as_written(folder: Path) -> bool:
+    written, opened = PreTrainedTokenizerFast.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return len(written) == len(opened) and written(list(PROBES)).input_ids == opened(list(PROBES)).input_ids

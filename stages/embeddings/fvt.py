@@ -8,33 +8,36 @@ from tokenkit where tokenkit errs:
 - An encoding that does not give the bytes back (a normaliser, a prefix space, unk) is replaced likewise.
 """
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-# A special without a counterpart of its own role takes the first of these.
-SUBSTITUTE_ROLES = {
-    "bos": ("eos", "pad"),
-    "eos": ("eot", "bos"),
-    "eot": ("eos", "bos"),
+# Roles in the order in which a special with several of them is matched, and what may stand in for a missing one.
+SUBSTITUTES = {
+    "eos": ("end_of_turn", "bos"),
+    "bos": ("eos",),
     "pad": ("eos", "bos"),
+    "unk": (),
+    "end_of_turn": ("eos",),
+    "header": (),
+    "end_header": (),
 }
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What FVT reads of a tokenizer, by token id.
+    """What FVT reads of a tokenizer.
 
-    `token_bytes` is None for a special and for an id without a token. `roles` names every special (bos, eos,
-    pad, ... or "special"), `special_texts` holds their written form. `fallback_ids` are byte-fallback tokens
-    (`<0x41>`). Of a source, `encode` turns texts into ids without adding specials.
+    `token_bytes[id]` is None for a special and for an id without a token. `roles` maps a role (a key of SUBSTITUTES)
+    to the special id that has it, `special_texts` every special id to its written form. `duplicate_ids` are tokens
+    whose bytes another token has too and that the tokenizer prefers less (the `<0x41>` of byte fallback). Of a source,
+    `encode` turns texts into ids that spell them, without specials or a dummy space.
     """
 
     token_bytes: list[bytes | None]
-    roles: dict[int, str] = field(default_factory=dict)
+    roles: dict[str, int] = field(default_factory=dict)
     special_texts: dict[int, str] = field(default_factory=dict)
-    fallback_ids: frozenset[int] = frozenset()
-    encode: Callable[[list[str]], list[list[int]]] | None = None
+    duplicate_ids: frozenset[int] = frozenset()
+    encode: Callable[[list[str]], Sequence[Sequence[int]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,10 @@ def plan(target: Vocabulary, source: Vocabulary, *, rows: int, exact: bool = Tru
     for index, content in enumerate(target.token_bytes):
         if index in specials:
             rules[index], sources[index] = "special", [specials[index]]
-        elif content is None and index not in target.roles:
+        elif content is None and index not in target.special_texts:
             rules[index] = "padding"
         elif content is not None and content in same_bytes:
-            rules[index], sources[index] = "copy", [same_bytes[content][index in target.fallback_ids]]
+            rules[index], sources[index] = "copy", [same_bytes[content][index in target.duplicate_ids]]
         else:
             missing.append(index)
     contents = [_content(target, index) for index in missing]
@@ -133,15 +136,16 @@ def fewest_pieces(content: bytes, pieces: dict[bytes, int], longest: int) -> lis
 
 
 def _ids_by_bytes(source: Vocabulary, rows: int) -> dict[bytes, tuple[int, int]]:
-    """Map bytes to (id for an ordinary token, id for a byte-fallback token), the lowest id of each kind."""
-    ordinary: dict[bytes, int] = {}
-    fallback: dict[bytes, int] = {}
+    """Map bytes to (id for a preferred token, id for a duplicate); the same id where the source has just one."""
+    found: dict[bytes, list[int | None]] = {}
     for index, content in enumerate(source.token_bytes[:rows]):
         if content:
-            (fallback if index in source.fallback_ids else ordinary).setdefault(content, index)
+            slot = index in source.duplicate_ids
+            pair = found.setdefault(content, [None, None])
+            pair[slot] = index if pair[slot] is None else pair[slot]
     return {
-        content: (ordinary.get(content, fallback.get(content)), fallback.get(content, ordinary.get(content)))
-        for content in ordinary.keys() | fallback.keys()
+        content: (first if first is not None else second, second if second is not None else first)
+        for content, (first, second) in found.items()
     }
 
 
@@ -150,19 +154,15 @@ def _pieces(source: Vocabulary) -> dict[bytes, int]:
 
 
 def _match_specials(target: Vocabulary, source: Vocabulary, rows: int) -> dict[int, int]:
-    """Map special target ids to special source ids: by written form, then role, then a substitute role."""
-    by_text = {source.special_texts[i]: i for i in sorted(source.special_texts, reverse=True) if i < rows}
-    by_role: dict[str, list[int]] = defaultdict(list)
-    for index in sorted(source.roles):
-        if index < rows:
-            by_role[source.roles[index]].append(index)
+    """Map special target ids to special source ids: by role, else by written form, else by a substitute role."""
+    available = {role: index for role, index in source.roles.items() if index < rows}
+    by_text = {text: index for index, text in sorted(source.special_texts.items(), reverse=True) if index < rows}
     matched = {}
-    for index, role in target.roles.items():
-        candidates = by_role[role][:1] if role != "special" else []
-        if not candidates and target.special_texts.get(index) in by_text:
-            candidates = [by_text[target.special_texts[index]]]
-        for substitute in () if candidates else SUBSTITUTE_ROLES.get(role, ()):
-            candidates = candidates or by_role[substitute][:1]
+    for index, text in target.special_texts.items():
+        own = [role for role in SUBSTITUTES if target.roles.get(role) == index]
+        candidates = [available[role] for role in own if role in available]
+        candidates += [by_text[text]] if text in by_text else []
+        candidates += [available[other] for role in own for other in SUBSTITUTES[role] if other in available]
         if candidates:
             matched[index] = candidates[0]
     return matched
@@ -170,4 +170,4 @@ def _match_specials(target: Vocabulary, source: Vocabulary, rows: int) -> dict[i
 
 def _content(vocabulary: Vocabulary, index: int) -> bytes:
     content = vocabulary.token_bytes[index]
-    return vocabulary.special_texts.get(index, "").encode() if content is None else content
+    return vocabulary.special_texts[index].encode() if content is None else content

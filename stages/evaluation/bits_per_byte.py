@@ -1,8 +1,11 @@
 """Bits per byte of held-out text: comparable between tokenizers, since all score the same bytes."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def ratio_with_error(values: np.ndarray, sizes: np.ndarray, documents: list[str]) -> tuple[float, float, int]:
@@ -21,7 +24,7 @@ def ratio_with_error(values: np.ndarray, sizes: np.ndarray, documents: list[str]
     return ratio, float(np.sqrt(count / (count - 1) * np.square(residual).sum()) / bytes_.sum()), count
 
 
-def model_size(model: Any) -> dict[str, int]:
+def model_size(model: "PreTrainedModel") -> dict[str, int]:
     """Return the parameter counts of a model; input and output embeddings are counted once when tied."""
     total = sum(parameter.numel() for parameter in model.parameters())
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -29,7 +32,7 @@ def model_size(model: Any) -> dict[str, int]:
     return {"parameters": total, "non_embedding_parameters": total - embedding, "head_parameters": head.numel()}
 
 
-def forward_flops_per_token(model: Any, mean_context: float) -> float:
+def forward_flops_per_token(model: "PreTrainedModel", mean_context: float) -> float:
     """Return the FLOPs of a forward pass per token at `mean_context` tokens of context.
 
     Two per non-embedding and head parameter, plus the attention scores and values: 4 * layers * width * context

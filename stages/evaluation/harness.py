@@ -3,9 +3,13 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def built_task(folder: Path, name: str) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def built_task(folder: Path, name: str) -> dict[str, Any]:
     return config | {"custom_dataset": lambda **_: {"test": Dataset.from_list(items)}}
 
 
-def task_manager(names: list[str], include_path: str | None) -> Any:
+def task_manager(names: list[str], include_path: str | None) -> "TaskManager":
     """Return lm-eval's TaskManager that knows `names`; UserError with the nearest names for one it does not know.
 
     Its own task folder is only read when a name is not found in `include_path` (reading it takes seconds).
@@ -45,7 +49,12 @@ def task_manager(names: list[str], include_path: str | None) -> Any:
 
 
 def run_tasks(
-    model: Any, tokenizer: Any, tasks: list[Any], manager: Any, suite: dict[str, Any], seed: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: list[str | dict[str, Any]],
+    manager: "TaskManager",
+    suite: dict[str, Any],
+    seed: int,
 ) -> dict[str, Any]:
     """Return what `lm_eval.simple_evaluate` does for a loaded model; UserError when a data set is not to be had."""
     import lm_eval
@@ -115,5 +124,5 @@ def sample_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["task"], row["filter"], row["metric"], row["doc_id"]))
 
 
-def _task_name(task: Any) -> str:
+def _task_name(task: str | dict[str, Any]) -> str:
     return task["task"] if isinstance(task, dict) else str(task)

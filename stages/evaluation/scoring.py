@@ -1,6 +1,7 @@
 """Bits of every token of a batch of sequences under a causal language model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,10 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.core.errors import UserError
-
-LOGITS_PER_BLOCK = 1 << 25  # logits held at once: 128 MiB in fp32
-
-Project = Callable[[torch.Tensor], torch.Tensor]
+from stages.training.head import Shape, block_logits, head_statistics
 
 
 def token_bits(
@@ -25,11 +23,11 @@ def token_bits(
     """
     check_lengths(model, int(np.diff(offsets).max(initial=0)))
     bits = np.zeros(len(ids))
-    project = head_of(model)
+    head = head_of(model)
     batches = list(length_batches(np.diff(offsets), batch_tokens))
     with torch.inference_mode(), tqdm(total=len(offsets) - 1, desc="score", mininterval=5) as progress:
         for rows in batches:
-            _score_batch(model, project, ids, offsets, scored, vocab_size, rows, bits)
+            _score_batch(model, head, ids, offsets, scored, vocab_size, rows, bits)
             progress.update(len(rows))
     return bits
 
@@ -54,26 +52,23 @@ def check_lengths(model: PreTrainedModel, longest: int) -> None:
         )
 
 
-def head_of(model: PreTrainedModel) -> Project:
-    """Return the function from the body's hidden states [n, hidden] to fp32 logits [n, rows].
+def head_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Return {weight, bias, softcap, scale}: how `model` makes logits of its body's hidden states.
 
     Checked on a few tokens against the model's own logits; UserError for a model with another kind of head.
     """
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    cap = getattr(config, "final_logit_softcapping", None)
+    config, layer = model.config.get_text_config(), model.get_output_embeddings()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-
-    def project(hidden: torch.Tensor) -> torch.Tensor:
-        logits = head(hidden).float() * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    probe = torch.arange(min(4, head.weight.shape[0]), device=model.device)[None]
+    cap = getattr(config, "final_logit_softcapping", None)
+    head = {"weight": layer.weight, "bias": getattr(layer, "bias", None), "softcap": cap, "scale": scale}
+    probe = torch.arange(min(4, len(layer.weight)), device=model.device)[None]
     with torch.inference_mode():
         own = model(input_ids=probe, use_cache=False).logits[0].float()
-        ours = project(body_of(model)(input_ids=probe, use_cache=False).last_hidden_state[0])
+        hidden = body_of(model)(input_ids=probe, use_cache=False).last_hidden_state[0]
+        ours, _ = block_logits(hidden, head["weight"], head["bias"], Shape(len(layer.weight), scale, cap))
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=2e-2, atol=2e-2 * float(own.std())):
         raise UserError(f"Models of type {config.model_type} compute logits in a way that scoring does not know.")
-    return project
+    return head
 
 
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
@@ -83,7 +78,7 @@ def body_of(model: PreTrainedModel) -> torch.nn.Module:
 
 def _score_batch(
     model: PreTrainedModel,
-    project: Project,
+    head: dict[str, Any],
     ids: np.ndarray,
     offsets: np.ndarray,
     scored: np.ndarray,
@@ -103,10 +98,7 @@ def _score_batch(
     if (position == 0).any():
         raise ValueError("the first token of a sequence has no prediction and cannot be scored")
     places = flat[row, position]
-    step = max(1, LOGITS_PER_BLOCK // model.get_output_embeddings().weight.shape[0])
-    for start in range(0, len(row), step):
-        block = slice(start, start + step)
-        logits = project(hidden[row[block], position[block] - 1])[:, :vocab_size]
-        observed = torch.from_numpy(ids[places[block]]).long().to(model.device)
-        log_p = logits.gather(1, observed[:, None])[:, 0] - logits.logsumexp(1)
-        bits[places[block]] = -log_p.double().cpu().numpy() / np.log(2)
+    observed = torch.from_numpy(ids[places]).long().to(model.device)
+    before = hidden[torch.from_numpy(row).to(model.device), torch.from_numpy(position - 1).to(model.device)]
+    log_p = head_statistics(before, targets=observed, vocab=vocab_size, **head)["observed_logprob"]
+    bits[places] = -log_p.double().cpu().numpy() / np.log(2)

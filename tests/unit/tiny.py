@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 from stages.artifacts.schemas import EXAMPLES
 from stages.core import artifact, specs
 
-WORDS = (
-    "the model reads text and gives every token a probability . naïve café 日本語 tokens are bytes , the teacher and the "
-    "student see the same bytes even where their vocabularies differ . a list holds items , a dict maps keys to values . "
-    "strings are immutable sequences of code points and methods return new strings . loops repeat a block of statements "
-).split()
+WORDS = """the model reads text and gives every token a probability . naïve café 日本語 tokens are bytes , the teacher
+and the student see the same bytes even where their vocabularies differ . a list holds items , a dict maps keys to
+values . strings are immutable sequences of code points and methods return new strings . loops repeat a block of
+statements"""
+WORDS = WORDS.split()
 
 
 def text(start: int, words: int) -> str:
@@ -64,14 +64,27 @@ def bpe(folder: Path, vocab_size: int, specials: tuple[str, ...] = ("<s>", "</s>
 
 
 def tokenizer_artifact(root: Path, name: str, vocab_size: int, **options) -> str:
-    """A tokenizer artifact made by the real stage from a local folder; its manifest's path."""
-    from stages import tokenizer as program
+    """A tokenizer artifact like that of stages.tokenizer; its manifest's path."""
+    from stages.artifacts.schemas import TOKENS
+    from stages.tokenization import ByteView
 
     source = root.parent / f"source-{name}"
     bpe(source, vocab_size, **options)
+    view = ByteView.load(source)
+    rows = [
+        {
+            "id": i,
+            "bytes": content,
+            "text": "" if content is None else content.decode(errors="replace"),
+            "role": view.role_of.get(i),
+        }
+        for i, content in enumerate(view.token_bytes)
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=TOKENS), sink)
+    files = {path.name: path for path in source.iterdir()} | {"tokens.parquet": sink.getvalue().to_pybytes()}
     manifest = f"tokenizers/{name}/manifest.json"
-    spec = {"tokenizer": str(source), "revision": None, "digest": None, "inputs": {}}
-    program.main(argv(root, manifest, spec))
+    publish(root / manifest, "tokenizer", files)
     return manifest
 
 
