@@ -37,7 +37,9 @@ def _examples(spec: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]
     seed = spec.get("seed", 0)
     streamed = spec.get("streaming") and spec["kind"] == "hub"
     count = None if streamed else spec.get("sample")
-    documents = sampled(read_documents(spec), count, lambda document: _fraction("sample", seed, _content_id(document.slots)))
+    documents = sampled(
+        read_documents(spec), count, lambda document: _fraction("sample", seed, _content_id(document.slots))
+    )
     for document in _with_progress(documents):
         content = _content_id(document.slots)
         seen[content] += 1
@@ -157,7 +159,11 @@ def _empty(job: stage.Job) -> str:
     if job.spec["kind"] == "subset":
         return f"{job.manifest}: no training document falls into fraction {job.spec['fraction']}; choose a larger one."
     source = job.spec.get("path") or ", ".join(job.spec.get("files", {})) or job.spec["kind"]
-    kept = f"with train_on={job.spec['train_on']} and heldout={job.spec['heldout']}" if "train_on" in job.spec else "to train on"
+    kept = (
+        f"with train_on={job.spec['train_on']} and heldout={job.spec['heldout']}"
+        if "train_on" in job.spec
+        else "to train on"
+    )
     return f"{job.manifest}: {source} leaves no training text {kept}; give more documents or change these settings."
 
 

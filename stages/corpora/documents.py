@@ -122,15 +122,21 @@ def _hub_rows(spec: dict[str, Any]) -> Iterable[dict[str, Any]]:
         rows = datasets.load_dataset(spec["path"], **arguments, streaming=bool(spec.get("streaming")))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"Data set {spec['path']} cannot be loaded ({reason}): check its name, split and network.") from None
+        raise UserError(
+            f"Data set {spec['path']} cannot be loaded ({reason}): check its name, split and network."
+        ) from None
     return islice(rows, spec["sample"]) if spec.get("streaming") and spec.get("sample") else rows
 
 
-def _documents(rows: Iterable[dict[str, Any]], column: str | None, messages: str | None, where: str) -> Iterator[Document]:
+def _documents(
+    rows: Iterable[dict[str, Any]], column: str | None, messages: str | None, where: str
+) -> Iterator[Document]:
     for number, row in enumerate(rows, 1):
         key = messages or column or ("messages" if "messages" in row else "text")
         if key not in row:
-            raise UserError(f"{where}, row {number}: no column {key}; it has {', '.join(row)}: set `column` or `messages`.")
+            raise UserError(
+                f"{where}, row {number}: no column {key}; it has {', '.join(row)}: set `column` or `messages`."
+            )
         chat = messages is not None or (column is None and key == "messages")
         slots = _turns(row[key], f"{where}, row {number}") if chat else (("text", row[key]),)
         for _, text in slots:

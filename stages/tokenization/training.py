@@ -1,9 +1,10 @@
 """Train small tokenizers that lose no byte: byte-level BPE, and BPE or Unigram with SentencePiece's conventions."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from stages.core.errors import UserError
@@ -74,25 +75,54 @@ def _sentencepiece_bpe(texts: Texts, size: int, special: list[str]) -> dict[str,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    return _with_bytes_as_pieces(json.loads(tokenizer.to_str()))
+    trained = json.loads(tokenizer.to_str())
+    # The trainer takes the byte pieces only as special tokens; they are ordinary vocabulary.
+    trained["added_tokens"] = [token for token in trained["added_tokens"] if token["content"] not in _BYTES]
+    return trained
 
 
 def _unigram(texts: Texts, size: int, special: list[str]) -> dict[str, Any]:
-    from tokenizers import models, trainers
+    """Train a Unigram vocabulary: pieces of a larger BPE vocabulary, scored and pruned by how often they are used.
 
-    tokenizer = _sentencepiece(models.Unigram())
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=[*special, *_BYTES], unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(texts(), trainer)
-    trained = _with_bytes_as_pieces(json.loads(tokenizer.to_str()))
-    model = trained["model"]
-    model["byte_fallback"] = True
-    # Only text spells pieces; a special or `<0xNN>` written out in a text must be the dearest way to say it.
-    dearest = min(score for _, score in model["vocab"]) - 100.0
-    literal = {*special, *_BYTES}
-    model["vocab"] = [[piece, dearest if piece in literal else score] for piece, score in model["vocab"]]
-    return trained
+    Hard EM over whole counts, as the library's own trainer sums floats in random order and never gives the same twice.
+    """
+    seed = _sentencepiece_bpe(texts, 4 * size, special)
+    literal = [*special, *_BYTES]
+    pieces = [piece for piece in seed["model"]["vocab"] if piece not in set(literal)]
+    counts = Counter(dict.fromkeys(pieces, 1))
+    goal = size - len(literal)
+    scored = _unigram_json(seed, literal, counts)
+    while True:
+        counts = _usage(scored, texts, counts)
+        if len(counts) <= goal:
+            return _unigram_json(seed, literal, counts)
+        keep = max(goal, int(0.7 * len(counts)))
+        ranked = sorted(counts, key=lambda piece: (len(piece) > 1, -counts[piece], piece))
+        counts = Counter({piece: counts[piece] for piece in ranked[:keep]})
+        scored = _unigram_json(seed, literal, counts)
+
+
+def _usage(tokenizer: dict[str, Any], texts: Texts, pieces: Counter[str]) -> Counter[str]:
+    """Return how often each of `pieces` is used to write the texts."""
+    from tokenizers import Tokenizer
+
+    built = Tokenizer.from_str(json.dumps(tokenizer))
+    used: Counter[int] = Counter()
+    stream = texts()
+    while batch := list(islice(stream, 1000)):
+        for encoding in built.encode_batch_fast(batch, add_special_tokens=False):
+            used.update(encoding.ids)
+    return Counter({piece: used[built.token_to_id(piece)] for piece in pieces})
+
+
+def _unigram_json(seed: dict[str, Any], literal: list[str], counts: Counter[str]) -> dict[str, Any]:
+    total = sum(counts.values()) + len(counts)
+    scores = {piece: round(math.log((count + 0.5) / total), 6) for piece, count in counts.items()}
+    # Only text spells pieces: a special or `<0xNN>` written out in a text must be the dearest way to say it.
+    dearest = min(scores.values()) - 100.0
+    ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+    vocabulary = [[piece, dearest] for piece in literal] + [[piece, score] for piece, score in ranked]
+    return seed | {"model": {"type": "Unigram", "unk_id": 0, "byte_fallback": True, "vocab": vocabulary}}
 
 
 def _sentencepiece(model: Any) -> Any:
@@ -103,10 +133,4 @@ def _sentencepiece(model: Any) -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return tokenizer
-
-
-def _with_bytes_as_pieces(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Make the byte pieces ordinary vocabulary: the trainer only takes them as special tokens."""
-    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] not in _BYTES]
     return tokenizer
