@@ -1,0 +1,22 @@
+"""How benchmarks are timed and reported."""
+
+import time
+from collections.abc import Callable
+
+
+def seconds(*functions: Callable[[], object], rounds: int = 5) -> list[float]:
+    """Return the best time of each function; they take turns, so that noise meets all of them alike."""
+    best = [float("inf")] * len(functions)
+    for _ in range(rounds):
+        for index, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            best[index] = min(best[index], time.perf_counter() - start)
+    return best
+
+
+def row(name: str, value: float, unit: str, target: float, baseline: str, at_most: bool = False) -> dict:
+    """Return one line of results/bench.json."""
+    holds = value <= target if at_most else value >= target
+    keys = {"name": name, "value": value, "unit": unit, "target": target, "holds": bool(holds), "baseline": baseline}
+    return keys | {"at_most": at_most}
