@@ -100,7 +100,7 @@ def normalise_block(
 class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -142,7 +142,7 @@ class _HeadStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, mask, normaliser, boundary = ctx.saved_tensors
         eos_id, shape, block, compute = ctx.settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

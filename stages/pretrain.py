@@ -1,0 +1,72 @@
+"""Train a small language model from scratch: the demo's stand-in for a pretrained one."""
+
+from typing import TYPE_CHECKING, Any
+
+from stages.core import stage
+from stages.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.tokenization import ByteView
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make a random model of the given architecture, train it by next-token prediction, publish it."""
+    job = stage.parse("stages.pretrain", __doc__, argv)
+    from stages.artifacts.schemas import EXAMPLES
+    from stages.artifacts.tables import read_table
+    from stages.losses import sft
+    from stages.tokenization import ByteView
+    from stages.training import job as training
+    from stages.training.data import Collator
+    from stages.training.models import find_head
+    from stages.training.modes import prepare_mode, settings_of
+    from stages.training.trainer import Loss, Run, prepare_losses
+
+    settings = settings_of({"train_model_mode": "full"} | job.spec["train"])
+    view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
+    table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)
+    training.refuse_inexact(view, table)
+    model = random_model(job.spec["architecture"], view, job.spec["seed"])
+    training.longest(view, table, model, job.stage)
+    outer = prepare_mode(model, settings, job.spec["seed"])
+    head = find_head(model, view.vocab_size, "pretrain", view.name)
+    losses = [Loss("sft", sft, {}, 1.0)]
+    collate = Collator(
+        table,
+        view,
+        None,
+        None,
+        lambda examples: prepare_losses(losses, examples),
+        batch_size=settings["batch_size"],
+        max_tokens=settings["max_tokens"],
+        seed=job.spec["seed"],
+        **training.ranks(),
+    )
+    student = training.Student(model, head, sft.needs({}).student, None, None)
+    training.train_and_publish(job, Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints()), outer)
+
+
+def random_model(architecture: dict[str, Any], view: "ByteView", seed: int) -> "PreTrainedModel":
+    """Return a float32 model of `architecture` with weights drawn from `seed`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from stages.training.data import generator
+
+    fields = dict(architecture)
+    kind = fields.pop("model_type", "llama")
+    if kind != "llama":
+        raise UserError(f"architecture.model_type is {kind!r}; pretrain makes llama models only.")
+    specials = {"bos_token_id": view.start_id, "eos_token_id": view.eos_id, "pad_token_id": view.pad_id}
+    config = AutoConfig.for_model(kind, vocab_size=view.vocab_size, **fields, **specials)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(generator(seed, "weights").integers(2**63)))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.config.use_cache = False
+    return model
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,156 @@
+"""Run a teacher over one shard of a corpus and keep what distillation reads of its predictions."""
+
+from typing import TYPE_CHECKING, Any
+
+from stages.core import stage
+from stages.core.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+    from stages.core.artifact import Draft
+    from stages.signals.compute import Wanted
+    from stages.tokenization import ByteView
+    from stages.tokenization.encoding import EncodedBatch
+    from stages.training.models import Head
+
+WINDOW = 1024  # examples that are sorted by length together, and one row group of the output
+INEXACT_LIMIT = 0.01
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Encode the shard, refuse what the teacher cannot take, compute and write."""
+    job = stage.parse("stages.teacher_signals", __doc__, argv)
+    shard, shards = job.spec["shard"], job.spec["shards"]
+    if not 0 <= shard < shards:
+        raise UserError(f"shard is {shard} but there are {shards} shards, counted from 0.")
+    import torch
+
+    from stages.artifacts.schemas import EXAMPLES
+    from stages.artifacts.tables import read_table
+    from stages.signals.compute import wanted_signals
+    from stages.tokenization import ByteView
+    from stages.training.models import body_of, check_length, find_head, load_model, teacher_dtype
+
+    view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
+    table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)
+    first, last = (len(table) * edge // shards for edge in (shard, shard + 1))
+    table = table.slice(first, last - first)
+    windows = encode_windows(view, table)
+    refuse_inexact(windows, table["example_id"].to_pylist(), view.name)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(job.spec["model"], job.inputs.get("model"), teacher_dtype(job.spec["dtype"], device))
+    model = model.to(device).eval().requires_grad_(False)
+    name = job.spec["model"]["name"]
+    head = find_head(model, view.vocab_size, name, view.name)
+    if windows:
+        check_length(model, *longest_example(windows, table), name)
+    wanted = wanted_signals(job.spec["needs"], view.boundary_mask(job.spec["space_mask_mode"]), view.eos_id, device)
+    with job.publish() as draft:
+        compute = Shard(body_of(model), head, wanted, job.spec["batch_tokens"], name)
+        write_shard(draft, f"part-{shard:04d}.parquet", job, compute, table, windows)
+
+
+class Shard:
+    """A teacher ready to run over windows of examples."""
+
+    def __init__(self, body: "torch.nn.Module", head: "Head", wanted: "Wanted", batch_tokens: int, name: str) -> None:
+        self.body, self.head, self.wanted, self.batch_tokens, self.name = body, head, wanted, batch_tokens, name
+
+    def signals(self, batch: "EncodedBatch", progress: Any) -> "dict[str, np.ndarray]":
+        """Return the signals of a window in the order of its tokens, computed in batches of like length."""
+        import numpy as np
+
+        from stages.signals.compute import teacher_pass
+
+        result: dict[str, np.ndarray] = {}
+        for examples in batches_by_length(np.diff(batch.offsets), self.batch_tokens):
+            part = teacher_pass(self.body, self.head, batch.ids, batch.offsets, examples, self.wanted)
+            places = np.concatenate([np.arange(batch.offsets[e], batch.offsets[e + 1]) for e in examples])
+            for column, values in part.items():
+                if column not in result:
+                    result[column] = np.empty((len(batch.ids), *values.shape[1:]), values.dtype)
+                result[column][places] = values
+            progress.update(len(places))
+        return result
+
+
+def write_shard(
+    draft: "Draft", file: str, job: stage.Job, compute: Shard, table: "pa.Table", windows: "list[EncodedBatch]"
+) -> None:
+    """Write the shard's Parquet file and its figures."""
+    import sys
+    import time
+
+    from tqdm import tqdm
+
+    from stages.signals.compute import check_finite
+    from stages.signals.schema import columns_for
+    from stages.signals.writer import writing
+
+    tokens = sum(len(batch.ids) for batch in windows)
+    names = table["example_id"].to_pylist()
+    started = time.time()
+    progress = tqdm(total=tokens, unit=" tokens", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 5)
+    with writing(draft.folder / file, columns_for(job.spec["needs"]), job.identity) as writer, progress:
+        for number, batch in enumerate(windows):
+            signals = compute.signals(batch, progress)
+            ids = names[number * WINDOW : (number + 1) * WINDOW]
+            check_finite(signals, batch.offsets, ids, compute.name)
+            writer.add(ids, batch.exact, batch.ids, batch.offsets, signals)
+    inexact = sum(int((~batch.exact).sum()) for batch in windows)
+    draft.describe[file] = {"rows": len(names), "columns": columns_for(job.spec["needs"])}
+    draft.metrics.update(examples=len(names), tokens=tokens, inexact=inexact)
+    draft.run.update(tokens_per_second=round(tokens / max(time.time() - started, 1e-9), 1))
+
+
+def encode_windows(view: "ByteView", table: "pa.Table") -> "list[EncodedBatch]":
+    """Return the table's examples as token batches of WINDOW examples."""
+    windows = []
+    for start in range(0, len(table), WINDOW):
+        rows = table.slice(start, WINDOW)
+        windows.append(view.encode_examples(rows["slots"].to_pylist(), rows["ends_document"].to_pylist()))
+    return windows
+
+
+def refuse_inexact(windows: "list[EncodedBatch]", names: list[str], tokenizer: str) -> None:
+    """Refuse a corpus of which more than 1 % of the examples cannot be written in the tokenizer's tokens."""
+    import numpy as np
+
+    exact = np.concatenate([batch.exact for batch in windows]) if windows else np.ones(0, bool)
+    inexact = int((~exact).sum())
+    if inexact > INEXACT_LIMIT * len(exact):
+        raise UserError(
+            f"Tokenizer {tokenizer!r} does not reproduce the text of {inexact} of {len(exact)} examples, "
+            f"{names[int(np.argmin(exact))]} first: choose a tokenizer with byte fallback, or leave such text out."
+        )
+
+
+def longest_example(windows: "list[EncodedBatch]", table: "pa.Table") -> tuple[int, int, str]:
+    """Return (tokens, bytes, example id) of the example with most tokens."""
+    import numpy as np
+
+    lengths = np.concatenate([np.diff(batch.offsets) for batch in windows])
+    at = int(np.argmax(lengths))
+    return int(lengths[at]), table["bytes"][at].as_py(), table["example_id"][at].as_py()
+
+
+def batches_by_length(lengths: "np.ndarray", batch_tokens: int) -> "list[np.ndarray]":
+    """Return arrays of example indices, longest first, each at most `batch_tokens` tokens when padded."""
+    import numpy as np
+
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, batch_tokens // int(lengths[order[start]]))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,214 @@
+"""Which examples a step sees, as packed token arrays with everything that losses read of them."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from stages.alignment.chunks import align
+from stages.core.errors import UserError
+from stages.losses import Prepared
+from stages.losses.chunks import scored_chunks
+from stages.signals.reader import Signals
+
+if TYPE_CHECKING:
+    from stages.tokenization import ByteView
+    from stages.tokenization.encoding import EncodedBatch
+
+Prepare = Callable[["Examples"], list[Prepared]]
+
+
+@dataclass
+class Examples:
+    """The examples of one micro-batch, flat: student tokens, teacher tokens and the teacher's signals for them.
+
+    `teacher` is None and `signals` empty when no loss reads a teacher; `signals` maps a column to [Nt] or [Nt, k].
+    """
+
+    student: "EncodedBatch"
+    teacher: "EncodedBatch | None" = None
+    signals: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def chunks(self, kind: str, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (chunk of each teacher token, of each student token, example of each chunk), int64.
+
+        Chunk ids run over all examples. Only tokens that are training targets have one; -1 is none.
+        """
+        assert self.teacher is not None
+        teacher, student, counts = align(self.teacher, self.student, kind)
+        starts = np.cumsum(counts, dtype=np.int64) - counts
+        sides = []
+        for chunk, batch in ((teacher, self.teacher), (student, self.student)):
+            wide = chunk + np.where(chunk >= 0, np.repeat(starts, np.diff(batch.offsets)), 0)
+            sides.append(scored_chunks(wide, batch.loss, batch.offsets))
+        return sides[0], sides[1], np.repeat(np.arange(len(counts)), counts)
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass: token ids [rows, length] with the place of each flat token, and what each loss prepared.
+
+    `positions` is None when every row holds one example. `index` int64 [N]: place of each flat token in the rows.
+    `weight` is 0 for a pass that only keeps processes in step.
+    """
+
+    examples: Examples
+    input_ids: np.ndarray
+    positions: np.ndarray | None
+    index: np.ndarray
+    prepared: list[Prepared] = field(default_factory=list)
+    weight: float = 1.0
+
+
+class Step(NamedTuple):
+    """The micro-batches of one optimizer step on one process, and how many examples were left out as inexact."""
+
+    micro_batches: list[MicroBatch]
+    skipped: int
+
+
+def generator(seed: int, *names: object) -> np.random.Generator:
+    """Return the random generator of this name: the same for the same seed and names, whatever else was drawn."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")))
+
+
+def step_examples(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
+    """Return int64 [batch_size]: the examples of optimizer step `step` (from 0), by a permutation for each epoch."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = {epoch: generator(seed, "data order", epoch).permutation(count) for epoch in set(positions // count)}
+    return np.array([epochs[position // count][position % count] for position in positions], np.int64)
+
+
+class Collator:
+    """Turns a step number into micro-batches: encode, read signals, align, prepare, pack. No torch, no state.
+
+    `prepare` is None when signals come from an online teacher; the trainer then prepares after asking it.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        student: "ByteView",
+        teacher: "ByteView | None",
+        signals: Signals | None,
+        prepare: Prepare | None,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.table, self.student, self.teacher, self.signals, self.prepare = table, student, teacher, signals, prepare
+        self.batch_size, self.max_tokens, self.seed = batch_size, max_tokens, seed
+        self.rank, self.ranks = rank, ranks
+        if batch_size < ranks:
+            raise UserError(
+                f"batch_size is {batch_size} but there are {ranks} processes: each needs an example per step."
+            )
+        if not len(table):
+            raise UserError("The corpus has no training examples: give it more text or a smaller heldout share.")
+
+    def __call__(self, step: int) -> Step:
+        """Return the micro-batches of this process for optimizer step `step`, counted from 0."""
+        chosen = step_examples(step, self.batch_size, len(self.table), self.seed)[self.rank :: self.ranks]
+        whole, keep = self.encode(chosen)
+        wanted = np.flatnonzero(keep)
+        lengths = np.diff(whole.student.offsets)
+        wanted = wanted[lengths[wanted] > 0]
+        weight = 1.0
+        if not len(wanted):
+            wanted, weight = np.array([int(np.argmax(lengths))]), 0.0
+        micro = [
+            replace(self.pack(whole, rows, wanted), weight=weight)
+            for rows in pack_rows(lengths[wanted], self.max_tokens)
+        ]
+        if self.prepare:
+            for batch in micro:
+                batch.prepared = self.prepare(batch.examples)
+        return Step(micro, len(chosen) - int(keep.sum()))
+
+    def encode(self, chosen: np.ndarray) -> tuple[Examples, np.ndarray]:
+        """Return the examples `chosen`, and bool [B]: those whose bytes both tokenizers reproduce."""
+        rows = self.table.take(chosen)
+        slots, ends = rows["slots"].to_pylist(), rows["ends_document"].to_pylist()
+        student = self.student.encode_examples(slots, ends)
+        if self.teacher is None:
+            return Examples(student), student.exact
+        same = self.teacher.digest == self.student.digest
+        teacher = student if same else self.teacher.encode_examples(slots, ends)
+        if self.signals is None:
+            return Examples(student, teacher), student.exact & teacher.exact
+        signals = self.signals.gather(chosen)
+        if not np.array_equal(signals.pop("input_ids").astype(np.int64), teacher.ids.astype(np.int64)):
+            raise UserError(
+                f"The teacher signals hold other tokens than tokenizer {self.teacher.name!r} gives for the examples "
+                f"{', '.join(rows['example_id'].to_pylist()[:3])}...: rebuild the signals."
+            )
+        return Examples(student, teacher, signals), student.exact & teacher.exact & signals.pop("exact")
+
+    def pack(self, whole: Examples, rows: list[list[int]], wanted: np.ndarray) -> MicroBatch:
+        """Return the micro-batch of `rows`, each a list of places in `wanted`, the examples of `whole` in use."""
+        order = np.array([wanted[place] for row in rows for place in row])
+        student = select(whole.student, order)
+        lengths = np.diff(student.offsets)
+        per_row = np.array([len(row) for row in rows])
+        row_of = np.repeat(np.arange(len(rows)), per_row)
+        row_lengths = np.bincount(row_of, weights=lengths, minlength=len(rows)).astype(np.int64)
+        width = int(row_lengths.max())
+        within = np.arange(width)[None, :] < row_lengths[:, None]
+        input_ids = np.zeros(within.shape, np.int64)
+        input_ids[within] = student.ids
+        positions = None
+        if per_row.max() > 1:
+            positions = np.zeros(within.shape, np.int64)
+            positions[within] = np.arange(len(student.ids)) - np.repeat(student.offsets[:-1], lengths)
+        teacher = None if whole.teacher is None else select(whole.teacher, order)
+        examples = Examples(student, teacher)
+        if whole.teacher is not None and whole.signals:
+            places = token_places(whole.teacher.offsets, order)
+            examples.signals = {name: values[places] for name, values in whole.signals.items()}
+        return MicroBatch(examples, input_ids, positions, np.flatnonzero(within))
+
+
+def pack_rows(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[list[int]]]:
+    """Return micro-batches, each a list of rows, each a list of example places; first fit, longest first.
+
+    A row is at most as long as the longest example, a micro-batch at most `max_tokens` with its padding; an example
+    longer than that gets one of its own.
+    """
+    lengths = np.asarray(lengths)
+    width = int(lengths.max())
+    rows: list[list[int]] = []
+    space: list[int] = []
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        row = next((row for row, left in enumerate(space) if left >= length), None)
+        if row is None:
+            rows.append([])
+            space.append(width)
+            row = len(rows) - 1
+        rows[row].append(place)
+        space[row] -= length
+    per_batch = max(1, max_tokens // width)
+    return [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
+
+
+def token_places(offsets: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """Return int64: the flat places of the tokens of `examples`, in their order."""
+    if not len(examples):
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.arange(offsets[e], offsets[e + 1]) for e in examples])
+
+
+def select(batch: "EncodedBatch", examples: np.ndarray) -> "EncodedBatch":
+    """Return a batch of some examples of `batch`, in the order given."""
+    places = token_places(batch.offsets, examples)
+    lengths = np.diff(batch.offsets)[examples]
+    tokens = {name: getattr(batch, name)[places] for name in ("ids", "ends", "slot", "loss", "first")}
+    per_example = {name: getattr(batch, name)[examples] for name in ("exact", "widths")}
+    return replace(batch, offsets=np.concatenate([[0], np.cumsum(lengths)]), **tokens, **per_example)

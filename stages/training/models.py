@@ -1,0 +1,159 @@
+"""Open causal language models and find how they make logits of hidden states."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stages.core.errors import UserError
+from stages.training.head import Shape, block_logits, head_statistics
+
+CHECK_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer of a model: a linear layer, cut to `shape.vocab` columns, scaled and softly capped."""
+
+    layer: nn.Module
+    shape: Shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The output matrix [rows, hidden size]; rows from `shape.vocab` on are padding."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The output bias [rows] or None."""
+        return getattr(self.layer, "bias", None)
+
+    def statistics(
+        self, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None, eos_id: int | None
+    ) -> dict[str, torch.Tensor]:
+        """Return `head_statistics` of hidden states [N, d] and target ids [N]."""
+        shape = self.shape
+        settings = (shape.vocab, self.bias, shape.softcap, shape.scale)
+        return head_statistics(hidden, self.weight, targets, mask, eos_id, *settings)
+
+
+def load_model(model: dict[str, Any], artifact: dict[str, Any] | None, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load the model that a spec's "model" describes, or the artifact (opened manifest) that stands for it.
+
+    `dtype` None keeps the stored type. UserError when it is not there, is no causal language model, or lacks weights.
+    """
+    name = model.get("name")
+    place = str(artifact["path"].parent) if artifact else model.get("path")
+    if not place:
+        raise UserError(f"Model {name!r} has neither a path nor an artifact: give it a `path` in the config.")
+    options: dict[str, Any] = {"trust_remote_code": bool(model.get("trust_remote_code"))}
+    if not artifact:
+        options["revision"] = model.get("revision")
+    if model.get("attn_implementation"):
+        options["attn_implementation"] = model["attn_implementation"]
+    wanted = dtype or "auto"
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=wanted, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"Model {name!r} cannot be loaded from {place}: {first}") from None
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"The weights of {place} lack {some}: the folder is incomplete or no causal language model.")
+    loaded.config.use_cache = False
+    return loaded
+
+
+def stored_dtype(place: Path | str, revision: str | None = None) -> torch.dtype:
+    """Return the type in which a model's weights are stored, by its config."""
+    config = AutoConfig.from_pretrained(place, revision=revision).get_text_config()
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """Return the type a teacher runs in: "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if setting == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
+
+
+def find_head(model: PreTrainedModel, vocab: int, model_name: str, tokenizer_name: str) -> Head:
+    """Return the output layer of `model` for a tokenizer of `vocab` ids; its padding columns are cut.
+
+    Compared once with the logits the model itself returns. UserError when the model has fewer rows than the tokenizer
+    ids, or makes its logits in another way than a linear layer, a factor and a soft cap.
+    """
+    layer = model.get_output_embeddings()
+    kind = type(model).__name__
+    if layer is None or getattr(layer, "weight", None) is None or layer.weight.dim() != 2:
+        raise UserError(f"Model {model_name!r} ({kind}) has no linear output layer: choose a causal language model.")
+    for what, rows in (("embedding", model.get_input_embeddings().weight.shape[0]), ("output", layer.weight.shape[0])):
+        if rows < vocab:
+            raise UserError(
+                f"Model {model_name!r} has {rows} {what} rows but tokenizer {tokenizer_name!r} has {vocab} ids: "
+                "give the model the tokenizer it was trained with, or initialize it for this one."
+            )
+    config = model.config.get_text_config()
+    factor = float(getattr(model, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
+    factor /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = Head(layer, Shape(vocab, factor, float(softcap) if softcap else None))
+    _check_head(model, head, model_name)
+    return head
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of `model` that makes hidden states of token ids."""
+    body = model.base_model
+    if body is model:
+        raise UserError(
+            f"{type(model).__name__} does not separate its body from its output layer: it is not supported."
+        )
+    return body
+
+
+def hidden_states(
+    body: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor | None, index: torch.Tensor
+) -> torch.Tensor:
+    """Return hidden states [n, d] after the last norm, for the flat positions `index` of input_ids [rows, length].
+
+    Rows are padded at the right end, which a causal model never sees; where `position_ids` restart within a row, the
+    examples packed in it do not see each other (transformers builds that mask when it gets no attention mask).
+    """
+    output = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, index)
+
+
+def check_length(model: PreTrainedModel, longest: int, longest_bytes: int, name: str, example: str) -> None:
+    """Refuse an example of `longest` tokens that the model has no positions for."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit and longest > limit:
+        fits = max(16, int(longest_bytes * limit / longest * 0.9))
+        raise UserError(
+            f"Example {example} has {longest} tokens but model {name!r} takes at most {limit}: "
+            f"cut the corpus shorter, with max_bytes: {fits}."
+        )
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, head: Head, name: str) -> None:
+    ids = (torch.arange(CHECK_TOKENS, device=head.weight.device) * 7 % head.shape.vocab)[None]
+    training = model.training
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits[0, :, : head.shape.vocab].float()
+    hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    bias = None if head.bias is None else head.bias[: head.shape.vocab]
+    actual, _ = block_logits(hidden.to(head.weight.dtype), head.weight[: head.shape.vocab], bias, head.shape)
+    model.train(training)
+    tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().amax().clamp(min=1))):
+        raise UserError(
+            f"Model {name!r} ({type(model).__name__}) makes its logits in a way that this code does not know: "
+            "they are not a linear layer of the last hidden states with a factor and a soft cap."
+        )

@@ -1,0 +1,108 @@
+"""What of a model is trained: all of it, low-rank adapters, or its embeddings."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stages.core.errors import UserError
+from stages.training.data import generator
+
+DEFAULTS: dict[str, Any] = {
+    "steps": 5000,
+    "warmup_steps": 0,
+    "batch_size": 64,
+    "max_tokens": 8192,
+    "learning_rate": 1e-5,
+    "lr_schedule": "linear",
+    "weight_decay": 0.0,
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "max_grad_norm": 1.0,
+    "train_model_mode": "lora",
+    "model_lora_rank": 64,
+    "model_lora_alpha": 64,
+    "train_embeddings": True,
+    "gradient_checkpointing": False,
+    "dtype": "auto",
+    "save_interval": 500,
+    "log_interval": 10,
+}
+
+
+def settings_of(train: dict[str, Any]) -> dict[str, Any]:
+    """Return the "train" settings of a spec with defaults; UserError for a key or word that does not exist."""
+    for key in train:
+        if key not in DEFAULTS:
+            raise UserError(f"train has the unknown key {key!r}; it takes {', '.join(DEFAULTS)}.")
+    settings = DEFAULTS | train
+    known = {
+        "train_model_mode": ("full", "lora", "embeddings"),
+        "lr_schedule": ("linear", "cosine", "constant"),
+        "dtype": ("auto", "float32", "bfloat16"),
+    }
+    for key, words in known.items():
+        if settings[key] not in words:
+            raise UserError(f"train.{key} is {settings[key]!r}; it must be one of {', '.join(words)}.")
+    return settings
+
+
+def prepare_mode(model: PreTrainedModel, settings: dict[str, Any], seed: int) -> nn.Module:
+    """Mark what is trained, in place, and return the model to export: `model`, or a PEFT model around it.
+
+    Trained parameters become float32; frozen ones keep their type.
+    """
+    mode = settings["train_model_mode"]
+    outer: nn.Module = model
+    embeddings = {id(p) for p in _embedding_parameters(model)}
+    if mode == "lora":
+        outer = _with_adapters(model, settings, seed)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in embeddings:
+            trained = mode == "embeddings" or settings["train_embeddings"]
+        else:
+            trained = mode == "full" or (mode == "lora" and "lora_" in name)
+        parameter.requires_grad_(trained)
+        if trained:
+            parameter.data = parameter.data.float()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"Nothing is trained with train_model_mode {mode!r} and train_embeddings false: change one.")
+    if settings["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return outer
+
+
+def merged(outer: nn.Module) -> PreTrainedModel:
+    """Return the plain model, adapters merged into its weights."""
+    return outer.merge_and_unload() if hasattr(outer, "merge_and_unload") else outer
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return optimizer groups: matrices decay; vectors and the B matrices of adapters do not (as in tokenkit)."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.dim() < 2 or "lora_B" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _embedding_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [parameter for layer in layers if layer is not None for parameter in layer.parameters()]
+
+
+def _with_adapters(model: PreTrainedModel, settings: dict[str, Any], seed: int) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(
+        r=settings["model_lora_rank"],
+        lora_alpha=settings["model_lora_alpha"],
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(int(generator(seed, "lora").integers(2**63)))
+        return peft.get_peft_model(model, config)
