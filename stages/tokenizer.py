@@ -70,9 +70,7 @@ def _write_tokens(view: Any, path: Path, identity: dict[str, str]) -> None:
     from stages.artifacts.schemas import TOKENS
     from stages.artifacts.tables import write_table
 
-    strings = [token.decode(errors="replace") if token is not None else None for token in view.token_bytes]
-    for i in view.special_ids:
-        strings[i] = view.string_of(i)
+    strings = [view.string_of(i) for i in range(view.vocab_size)]
     roles = [view.role_of.get(i) for i in range(view.vocab_size)]
     columns = [range(view.vocab_size), view.token_bytes, strings, roles]
     arrays = [pa.array(list(values), field.type) for values, field in zip(columns, TOKENS, strict=True)]

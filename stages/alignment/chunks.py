@@ -1,7 +1,7 @@
 """Align two tokenizations of one batch: a chunk id per token, from byte coordinates alone.
 
-tokenkit (`align.py`) walks both token lists and compares strings; here boundaries are coordinates that both sides lay out
-alike (`stages.tokenization.encoding`), so one pass of numpy over the flat batch does it, in O(tokens + bytes).
+tokenkit (`align.py`) walks both token lists and compares strings; here boundaries are coordinates that both sides
+lay out alike (`stages.tokenization.encoding`), so one pass of numpy over the flat batch does it, in O(tokens + bytes).
 """
 
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ class BiasTable:
 
 @dataclass(frozen=True)
 class _Side:
-    """Per token: the first index of its example, the run (slot with tokens) that it belongs to; per run: its last token."""
+    """One side of an alignment; a run is a slot that has tokens."""
 
     batch: EncodedBatch
     key: np.ndarray  # int64 [N] coordinate in the whole batch
-    example: np.ndarray  # int64 [N]
-    run: np.ndarray  # int64 [N]
-    last: np.ndarray  # int64 [runs]
+    example: np.ndarray  # int64 [N] index of the example
+    run: np.ndarray  # int64 [N] index of the run
+    last: np.ndarray  # int64 [runs] last token of each run
 
 
 def align(
@@ -61,15 +61,15 @@ def align(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (chunk of each teacher token int32 [Nt], of each student token int32 [Ns], chunks per example int32 [B]).
 
-    Chunk ids count from 0 within each example; -1 is none. Both sides of a chunk cover the same bytes of the same slot or
-    slots. Kinds, where "slot end" always ends a chunk:
+    Chunk ids count from 0 within each example; -1 is none. Both sides of a chunk cover the same bytes of one slot.
+    Kinds, where "slot end" always ends a chunk:
     - unconstrained: the shortest chunks.
     - space: chunks end where the next token of both sides starts with a space (tokenkit's `alm_space`).
     - unbiased: chunks end where `bias` accepts the last tokens of both sides.
     - greedy: chunks end where the next token of both sides starts with a space, tab or newline; a slot without such a
       place has the shortest chunks.
-    A slot that has no tokens on one side gives the other side's tokens -1. With `scored`, the rule of `drop_unscored` is
-    applied. ValueError when the batches do not hold the same examples, or for an unknown kind.
+    A slot that has no tokens on one side gives the other side's tokens -1. With `scored`, the rule of `drop_unscored`
+    is applied. ValueError when the batches do not hold the same examples, or for an unknown kind.
     """
     if not np.array_equal(teacher.widths, student.widths):
         raise ValueError("teacher and student batch do not hold the same examples")

@@ -20,7 +20,7 @@ _ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 @dataclass(frozen=True)
 class Document:
-    """A document: (role, text) pairs, role "text" for plain text. `starts`/`ends`: it begins or ends its source text."""
+    """A document: (role, text) pairs, role "text" for plain text; whether it `starts` and `ends` its source."""
 
     slots: tuple[tuple[str, str], ...]
     starts: bool = True
@@ -60,7 +60,7 @@ def sampled(documents: Iterable[Document], count: int | None, rank: Any) -> Iter
 
 
 def _text_documents(path: Path, max_bytes: int) -> Iterator[Document]:
-    """Yield the pieces of a text file, each a document of its own, so that one file can be both trained and held out."""
+    """Yield the pieces of a text file, each a document of its own: one file can be both trained and held out."""
     pieces = cut_text(_decoded(path, path.read_bytes()), max_bytes)
     for number, piece in enumerate(pieces):
         yield Document((("text", piece),), number == 0, number == len(pieces) - 1)

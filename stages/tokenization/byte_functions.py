@@ -10,6 +10,7 @@ _HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Texts on which a candidate must give back the very bytes. The first group is ASCII with the whitespace that
 # tokenizers like to lose; characters of the second group may be unknown to a small vocabulary.
 PROBES = (
+    "Hello",
     "Hello world",
     "a  b   c",
     " lead",

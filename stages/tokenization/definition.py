@@ -49,6 +49,8 @@ def read_definition(folder: Path, name: str) -> Definition:
     named_tokens = _read_json(folder / "special_tokens_map.json", required=False) | config
     named = {role: _content(named_tokens.get(f"{role}_token")) for role in NAMED_ROLES}
     named = {role: content for role, content in named.items() if content}
+    if unknown := _unknown_token(tokenizer["model"]):
+        named["unk"] = unknown
     definition = Definition(name, tokenizer, named, _template(folder, config), config.get("model_max_length"))
     for entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
         if entry[1]["content"] not in {token["content"] for token in tokenizer.get("added_tokens", [])}:
@@ -162,6 +164,14 @@ def _without(part: dict[str, Any] | None, drop: Any) -> dict[str, Any] | None:
         return part
     kept = [inner for inner in (_without(inner, drop) for inner in part["normalizers"]) if inner is not None]
     return part | {"normalizers": kept} if kept else None
+
+
+def _unknown_token(model: dict[str, Any]) -> str | None:
+    """Return the token that a model puts for what it does not know; configurations often name another."""
+    if model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    unknown = model.get("unk_token")
+    return unknown if unknown in model["vocab"] else None
 
 
 def _content(value: Any) -> str | None:

@@ -72,6 +72,9 @@ class ByteView:
 
         return sources.load(Path(folder))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ByteView.load, (self.folder,)
+
     def _read_vocabulary(self) -> None:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -162,6 +165,10 @@ class ByteView:
         special = self._special_tokens.get(identity)
         return special.content if special else (self.token_bytes[identity] or b"").decode(errors="replace")
 
+    def special_named(self, content: str) -> int | None:
+        """Return the id of the special token written `content`, None when there is none."""
+        return self._specials.get(content)
+
     def join(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of tokens together; specials have none."""
         ids = tuple(ids)
@@ -206,52 +213,59 @@ class ByteView:
         """Return the token ids around the contents of a conversation of `roles`; cached per sequence of roles."""
         if roles not in self._template_cache:
             start, turns = chat.literals(self.settings["template"], roles, self._variables, self.name)
-            pieces = []
+            pieces: list[Turn] = []
+            before = start
             for header, end in turns:
-                ids, prefixed = self._header_ids(header, at_start=not pieces and not header)
-                pieces.append(Turn(ids, self._literal_ids(end), prefixed))
-            self._template_cache[roles] = Template(self._literal_ids(start), pieces)
+                opens = not before and not pieces
+                ids, prefixed = self._header_ids(header, opens, opens or self._ends_special(before))
+                pieces.append(Turn(ids, self._literal_ids(end, False), prefixed or (not header and not pieces)))
+                before = end
+            self._template_cache[roles] = Template(self._literal_ids(start, bool(start)), pieces)
         return self._template_cache[roles]
 
     def generation_prompt(self, roles: tuple[str, ...]) -> list[int]:
         """Return the ids that the template adds after messages of `roles` to make the assistant answer."""
-        return list(
-            self._header_ids(chat.generation_prompt(self.settings["template"], roles, self._variables), False)[0]
-        )
+        return list(self._literal_ids(chat.generation_prompt(self.settings["template"], roles, self._variables), False))
 
     @property
     def _variables(self) -> dict[str, str]:
         return {f"{role}_token": content for role, content in self.settings["named"].items()}
 
-    def _header_ids(self, header: str, at_start: bool) -> tuple[Sequence[int], bool]:
+    def _header_ids(self, header: str, opens: bool, fresh: bool) -> tuple[Sequence[int], bool]:
         """Return (ids of a header, whether the content after it takes the dummy space).
 
-        A header that ends in a space hands it to the dummy, which gives the very tokens of the joined text
-        ("[INST] " + "Hello" is "[INST]", "▁Hello"); the space stays a template token where no dummy exists.
+        `opens`: nothing comes before; `fresh`: nothing or a special token does. A header that ends in a space hands it to
+        the dummy, which gives the very tokens of the joined text ("[INST] " + "Hello" is "[INST]", "▁Hello"); the space
+        stays a template token where no dummy exists.
         """
+        dummy = opens or (fresh and self.prefix_space == "always")
         if self.prefix_space is None:
-            return self._literal_ids(header), False
+            return self._literal_ids(header, False), False
         if header.endswith(" "):
-            return self._literal_ids(header[:-1]), True
-        after_special = self.prefix_space == "always" and any(header.endswith(content) for content in self._specials)
-        return self._literal_ids(header), at_start or after_special
+            return self._literal_ids(header[:-1], dummy), True
+        content_is_fresh = self._ends_special(header) if header else fresh
+        return self._literal_ids(header, dummy), content_is_fresh and self.prefix_space == "always"
 
-    def _literal_ids(self, literal: str) -> list[int]:
-        """Return the ids of template text, in which special tokens are special tokens."""
+    def _ends_special(self, literal: str) -> bool:
+        return any(literal.endswith(content) for content in self._specials)
+
+    def _literal_ids(self, literal: str, dummy: bool) -> list[int]:
+        """Return the ids of template text, in which special tokens are special tokens.
+
+        `dummy`: text at the very start gets the dummy space.
+        """
         ids: list[int] = []
-        rest, strip_next = literal, False
+        at, strip_next = 0, False
         for match in [*self._special_pattern.finditer(literal), None] if self._specials else [None]:
-            end = match.start() if match else len(literal)
-            text = rest[: end - (len(literal) - len(rest))]
             token = self._special_tokens[self._specials[match[0]]] if match else None
+            text = literal[at : match.start() if match else len(literal)]
             text = text.lstrip() if strip_next else text
             text = text.rstrip() if token is not None and token.lstrip else text
             if text:
-                prefixed = self.prefix_space == "always"
-                ids += self.text_ids([text], [prefixed])[0]
+                ids += self.text_ids([text], [dummy if at == 0 else self.prefix_space == "always"])[0]
             if match and token is not None:
                 ids.append(self._specials[match[0]])
-                rest, strip_next = literal[match.end() :], token.rstrip
+                at, strip_next = match.end(), token.rstrip
         return ids
 
     @cached_property
@@ -263,8 +277,11 @@ class ByteView:
     def _may_emit_specials(self) -> bool:
         """Whether the model spells a special token from its text (a Unigram vocabulary that lists `</s>`)."""
         contents = [c for c in self._specials if self._specials[c] != self.roles.get("unk")]
-        found = self._tokenizer.encode_batch_fast([f"a{c}a" for c in contents], add_special_tokens=False)
-        return any(self._specials[c] in item.ids for c, item in zip(contents, found, strict=True))
+        for form in ("{}", "a{}a", "a {} a"):
+            found = self._tokenizer.encode_batch_fast([form.format(c) for c in contents], add_special_tokens=False)
+            if any(self._specials[c] in item.ids for c, item in zip(contents, found, strict=True)):
+                return True
+        return False
 
     def _respelled(self, ids: list[int]) -> list[int]:
         """Return `ids` with special tokens that stand for their own text spelled with regular tokens instead."""

@@ -1,8 +1,8 @@
 """Chunk ids against tokenkit's `align.py`, for every align_*.json of the golden folder.
 
-An example is clean when the reference has no way to go wrong on it: no token that counts is one of its replacement strings
-(`_defect`). Clean examples must agree exactly, for all three chunk kinds. On the others the reference drops or shifts chunks;
-there the right value is full coverage, with the same bytes on both sides of every chunk.
+An example is clean when the reference has no way to go wrong on it: no token that counts is one of its replacement
+strings (`_defect`). Clean examples must agree exactly, for all three chunk kinds. On the others the reference drops or
+shifts chunks; there the right value is full coverage, with the same bytes on both sides of every chunk.
 """
 
 import json
@@ -201,7 +201,9 @@ def test_encoding_gives_the_reference_ids(setting):
                 found = view.encode_texts([example["text"]])[0]
                 assert found.exact and found.ids.tolist() == text_ids, (example["encoding"], example["name"], side)
                 compared += 1
-            elif view.prefix_space is None:  # the reference puts a dummy space before every turn, we only before the first
+            elif (
+                view.prefix_space is None
+            ):  # the reference puts a dummy space before every turn, we only before the first
                 contents = _contents(_runs(view, example, side), view)
                 slots = [{"role": r, "text": c.decode(), "loss": True} for r, c in zip(ROLES, contents, strict=True)]
                 assert view.encode_examples([slots]).ids.tolist() == ids
