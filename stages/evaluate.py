@@ -7,6 +7,7 @@ from stages.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel
 
@@ -45,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
         draft.metrics |= {key: value for key, value in facts.items() if key != "model"} | {"results": rows}
 
 
-def dtype_for(wanted: str | None, device: str) -> str:
+def dtype_for(wanted: str | None, device: str) -> "torch.dtype":
     """Return the dtype to evaluate in: fp32 on a CPU; on a GPU the configured one, bf16 by default."""
-    if device == "cpu":
-        return "float32"
-    return "bfloat16" if wanted in (None, "auto") else wanted
+    import torch
+
+    return torch.float32 if device == "cpu" else getattr(torch, "bfloat16" if wanted in (None, "auto") else wanted)
 
 
 def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> tuple[list[dict], dict[str, Any]]:
@@ -66,6 +67,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     from stages.evaluation import bits_per_byte as formulas
     from stages.evaluation.scoring import token_bits
     from stages.tokenization import ByteView
+    from stages.training.models import check_length, find_head
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     examples = read_table(job.data("corpus", "heldout.parquet"), EXAMPLES).slice(0, job.spec["suite"].get("limit"))
@@ -74,7 +76,13 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     scored = text_tokens(batch)
     if scored[batch.offsets[:-1]].any():
         raise UserError(f"Tokenizer {view.name} has neither a bos nor an eos token: the first token cannot be scored.")
-    bits = token_bits(model, batch.ids, batch.offsets, scored, view.vocab_size, BATCH_TOKENS)
+    name, lengths = job.spec["model"]["name"], np.diff(batch.offsets)
+    longest = int(lengths.argmax())
+    check_length(
+        model, int(lengths[longest]), examples["bytes"][longest].as_py(), name, examples["example_id"][longest].as_py()
+    )
+    head = find_head(model, view.vocab_size, name, view.name)
+    bits = token_bits(model, head, batch.ids, batch.offsets, scored, BATCH_TOKENS)
     per_example = np.add.reduceat(np.append(bits, 0.0), batch.offsets[:-1])
     tokens = np.add.reduceat(np.append(scored, False).astype(np.int32), batch.offsets[:-1])
     sizes = np.array([sum(len(slot["text"].encode()) for slot in row if slot["loss"]) for row in slots], np.int32)
@@ -83,7 +91,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     write_table(draft.folder / "samples.parquet", table, job.identity)
     draft.describe["samples.parquet"] = {"rows": table.num_rows}
     value, error, documents = formulas.ratio_with_error(per_example, sizes, examples["document_id"].to_pylist())
-    flops = formulas.forward_flops_per_token(model, formulas.mean_context(np.diff(batch.offsets)))
+    flops = formulas.forward_flops_per_token(model, formulas.mean_context(lengths))
     per_byte = float(tokens.sum() / sizes.sum())
     facts = {
         "suite": "bits_per_byte",

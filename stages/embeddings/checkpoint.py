@@ -7,45 +7,32 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from stages.core.artifact import data_path
 from stages.core.errors import UserError
 from stages.embeddings.fvt import Plan
 from stages.embeddings.rows import assemble
 from stages.tokenization.byte_functions import PROBES
+from stages.training import models
 
 NOT_OF_TRANSFORMERS = ("tokens.parquet", "byte_view.json")
 
 
-def load_model(model: dict[str, Any], inputs: dict[str, Any], dtype: str | None = None) -> PreTrainedModel:
+def load_model(model: dict[str, Any], inputs: dict[str, Any], dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load the model a spec describes: the input artifact "model" where there is one, else Hub id or folder.
 
-    `dtype` overrides that of the description; without either the stored one is kept. UserError when it is not
-    there, cannot be read, or lacks weights that its architecture needs.
+    `dtype` None keeps the stored one. UserError when it is not there, cannot be read, or lacks weights.
     """
-    place, revision = str(model.get("path") or ""), model.get("revision")
-    if "model" in inputs:
-        place, revision = str(inputs["model"]["path"].parent), None
-    if not place:
-        raise UserError(
-            f'Model {model.get("name")!r} has neither a path nor an artifact: give it a "path" in the config.'
-        )
-    wanted = dtype or model.get("dtype") or "auto"
-    options = {"revision": revision, "trust_remote_code": bool(model.get("trust_remote_code"))}
+    artifact = inputs.get("model")
     try:
-        config = AutoConfig.from_pretrained(place, **options)
-        if model.get("attn_implementation"):
-            options["attn_implementation"] = model["attn_implementation"]
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=wanted, output_loading_info=True, use_safetensors=True, **options
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"Model {model.get('name')!r} cannot be loaded from {place}: {first}") from None
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"The weights of {place} lack {some}: the folder is incomplete or not a causal language model.")
+        loaded = models.load_model(model, artifact, dtype)
+    except SafetensorError as error:
+        place = artifact["path"].parent if artifact else model["path"]
+        raise UserError(
+            f"Model {model['name']!r} cannot be loaded from {place}: {error}; fetch or build it again."
+        ) from None
+    loaded.config.use_cache = True
     return loaded.eval()
 
 

@@ -12,6 +12,7 @@ from stages import evaluate
 from stages.core.errors import UserError
 from stages.evaluation import bits_per_byte, scoring
 from stages.tokenization import ByteView
+from stages.training.models import find_head
 from tests.unit import tiny
 
 
@@ -25,14 +26,14 @@ def root(tmp_path_factory):
     return root
 
 
-def evaluated(root, name, **suite):
+def evaluated(root, name, corpus="docs", **suite):
     spec = {
         "model": {"name": name, "path": str(root.parent / name), "dtype": "auto"},
         "suite": {"kind": "bits_per_byte", "limit": None} | suite,
         "seed": 0,
         "inputs": {
             "tokenizer": tiny.entry("tokenizers/t/manifest.json"),
-            "corpus": tiny.entry("corpora/docs/manifest.json"),
+            "corpus": tiny.entry(f"corpora/{corpus}/manifest.json"),
         },
     }
     evaluate.main(tiny.argv(root, f"evaluations/{name}/bpb/manifest.json", spec))
@@ -79,8 +80,9 @@ def test_batches_do_not_change_the_bits(root):
     scored = np.ones(len(ids), bool)
     scored[offsets[:-1]] = False
     scored[5] = False
-    one = scoring.token_bits(model, ids, offsets, scored, 300, batch_tokens=1)
-    all_ = scoring.token_bits(model, ids, offsets, scored, 300, batch_tokens=10000)
+    head = find_head(model, 300, "tiny", "t")
+    one = scoring.token_bits(model, head, ids, offsets, scored, batch_tokens=1)
+    all_ = scoring.token_bits(model, head, ids, offsets, scored, batch_tokens=10000)
     np.testing.assert_allclose(one, all_, rtol=1e-5, atol=1e-6)
     assert one[5] == 0 and (one[offsets[:-1]] == 0).all() and (one[scored] > 0).all()
 
@@ -102,11 +104,9 @@ def test_error_is_over_documents():
 
 
 def test_too_long_an_example_is_one_sentence(root):
-    model = AutoModelForCausalLM.from_pretrained(root.parent / "llama")
-    with pytest.raises(
-        UserError, match=r"600 tokens long but the model has 512 positions: lower the corpus's `max_bytes`"
-    ):
-        scoring.check_lengths(model, 600)
+    tiny.corpus_artifact(root, "long", documents=1, examples=1, words=900)
+    with pytest.raises(UserError, match=r"tokens but model 'llama' takes at most 512: cut the corpus shorter"):
+        evaluated(root, "llama", corpus="long")
 
 
 def test_mean_context():

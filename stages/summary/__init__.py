@@ -1,0 +1,1 @@
+"""The end of the pipeline: tidy results, paired comparisons, figures, and the report page."""

@@ -1,0 +1,58 @@
+"""Paired bootstrap over documents (and seeds): is a difference between two models more than noise?"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+BLOCK = 1 << 22  # resampled values held at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its percentile interval at LEVEL and the two-sided bootstrap p of "it is zero"."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        """Return "difference" when the interval excludes zero, else "within noise"."""
+        return "difference" if self.low > 0 or self.high < 0 else "within noise"
+
+
+def named_generator(seed: int, name: str) -> np.random.Generator:
+    """Return a generator whose stream depends on `seed` and `name` only."""
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little"))
+
+
+def ratio(
+    values: np.ndarray, sizes: np.ndarray, generator: np.random.Generator, resamples: int = RESAMPLES
+) -> Interval:
+    """Return the interval of (sum of values) / (sum of sizes), both [seeds, documents], over both axes.
+
+    Documents are drawn with replacement, the same for every seed, and seeds likewise where there are several. For a
+    difference of two models give the difference of their bits per document as `values`: it is paired by document.
+    """
+    seeds, documents = values.shape
+    estimates = np.empty(resamples)
+    step = max(1, BLOCK // max(1, documents * seeds))
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        chosen = generator.integers(documents, size=(count, documents))
+        top, bottom = values[:, chosen].sum(2), sizes[:, chosen].sum(2)  # [seeds, count]
+        if seeds > 1:
+            drawn = generator.integers(seeds, size=(seeds, count))
+            top, bottom = np.take_along_axis(top, drawn, 0), np.take_along_axis(bottom, drawn, 0)
+        estimates[start : start + count] = top.sum(0) / bottom.sum(0)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(estimates, [tail, 1 - tail])
+    below, above = (
+        (np.count_nonzero(estimates <= 0) + 1) / (resamples + 1),
+        (np.count_nonzero(estimates >= 0) + 1) / (resamples + 1),
+    )
+    return Interval(float(values.sum() / sizes.sum()), float(low), float(high), float(min(1.0, 2 * min(below, above))))

@@ -1,0 +1,181 @@
+"""The report's figures as SVG: the same bytes for the same data, readable on paper and on a dark screen."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without black and yellow: distinguishable with colour blindness, legible on white and black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#7f7f7f")
+INK = "#123456"  # replaced by the page's text colour
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "DejaVu Sans"],
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": "#888888",
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+}
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG element. `name` keeps its ids apart from those of other figures on the page."""
+    stream = io.StringIO()
+    with plt.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    plt.close(figure)
+    text = stream.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def bits_per_byte_bars(rows: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> Figure:
+    """Bits per byte of the experiments of each story with 95 % intervals; baselines are dashed lines."""
+    stories = list(dict.fromkeys(row["story"] for row in rows))
+    heights = [max(1, sum(row["story"] == story for row in rows)) for story in stories]
+    with plt.rc_context(STYLE):
+        height = 0.42 * sum(heights) + 0.95 * len(stories)
+        figure, axes = plt.subplots(
+            len(stories),
+            1,
+            figsize=(8, height),
+            squeeze=False,
+            sharex=True,
+            height_ratios=heights,
+            layout="constrained",
+        )
+        for axis, story in zip(axes[:, 0], stories, strict=True):
+            part = [row for row in rows if row["story"] == story]
+            _bars(axis, part)
+            axis.set_title(story or "experiments")
+            for number, row in enumerate(baselines):
+                style = {"color": COLOURS[-1 - number % 3], "linestyle": (0, (4, 2)), "linewidth": 1.2}
+                axis.axvline(row["value"], label=row["label"], **style)
+        values = [row["value"] for row in rows + baselines]
+        spread = max(max(values) - min(values), 1e-3)
+        axes[0, 0].set_xlim(max(0.0, min(values) - 0.35 * spread), max(values) + 0.35 * spread)
+        axes[-1, 0].set_xlabel("bits per byte of held-out text (lower is better), 95 % interval over documents")
+        if baselines:
+            axes[-1, 0].legend(loc="upper center", bbox_to_anchor=(0.45, -0.55 * 3 / heights[-1]), ncols=4)
+    return figure
+
+
+def _bars(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    places = range(len(rows))
+    for place, row in zip(places, rows, strict=True):
+        error = 1.959964 * (row["stderr"] or 0.0)
+        axis.errorbar(row["value"], place, xerr=error, fmt="o", color=COLOURS[0], capsize=4, markersize=6, linewidth=2)
+        axis.annotate(
+            f"{row['value']:.3f}", (row["value"], place), (0, 7), textcoords="offset points", ha="center", size=8
+        )
+    axis.set_yticks(list(places), [row["label"] for row in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.7)
+
+
+def compute_scatter(points: list[dict[str, Any]]) -> Figure:
+    """Bits per byte against the cost of reading a byte; points {label, story, flops, value, stderr}."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+        stories = list(dict.fromkeys(point["story"] for point in points))
+        for number, story in enumerate(stories):
+            part = [point for point in points if point["story"] == story]
+            axis.errorbar(
+                [point["flops"] for point in part],
+                [point["value"] for point in part],
+                yerr=[1.959964 * (point["stderr"] or 0.0) for point in part],
+                fmt="osD^v"[number % 5],
+                color=COLOURS[number % len(COLOURS)],
+                capsize=3,
+                label=story or "models",
+            )
+        _label_points(axis, points)
+        axis.set_xscale("log")
+        axis.margins(x=0.25)
+        axis.set_xlabel("forward FLOPs per byte of text")
+        axis.set_ylabel("bits per byte")
+        axis.legend()
+    return figure
+
+
+def _label_points(axis: Axes, points: list[dict[str, Any]]) -> None:
+    """Write each label beside its point, alternating sides where points share a place."""
+    for number, point in enumerate(sorted(points, key=lambda point: point["value"])):
+        side = 1 if number % 2 else -1
+        offset, align = (7 * side, -3), "left" if side > 0 else "right"
+        axis.annotate(
+            point["label"], (point["flops"], point["value"]), offset, textcoords="offset points", size=8, ha=align
+        )
+
+
+def learning_curves(curves: list[dict[str, Any]]) -> Figure:
+    """One panel per loss, one line per experiment; curves {loss, label, steps, values}."""
+    losses = list(dict.fromkeys(curve["loss"] for curve in curves))
+    labels = list(dict.fromkeys(curve["label"] for curve in curves))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(losses), figsize=(max(5.0, 4.3 * len(losses)), 3.4), squeeze=False, layout="constrained"
+        )
+        for axis, loss in zip(axes[0], losses, strict=True):
+            for curve in (curve for curve in curves if curve["loss"] == loss):
+                number = labels.index(curve["label"])
+                style = {
+                    "color": COLOURS[number % len(COLOURS)],
+                    "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
+                }
+                axis.plot(curve["steps"], curve["values"], label=curve["label"], **style)
+            axis.set_title(loss)
+            axis.set_xlabel("optimizer step")
+            axis.legend(fontsize=8)
+        axes[0, 0].set_ylabel("loss")
+    return figure
+
+
+def grouped_bars(groups: Sequence[str], series: dict[str, Sequence[float]], ylabel: str) -> Figure:
+    """Bars for each group (a tokenizer pair) and series (teacher, student)."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(max(4.5, 1.6 * len(groups) + 2), 3.2), layout="constrained")
+        width = 0.8 / len(series)
+        for number, (name, values) in enumerate(series.items()):
+            places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(groups))]
+            bars = axis.bar(places, values, width * 0.92, color=COLOURS[number], label=name)
+            axis.bar_label(bars, fmt="%.3g", size=8, color=INK, padding=2)
+        axis.set_xticks(range(len(groups)), groups)
+        axis.set_ylabel(ylabel)
+        axis.grid(visible=False, axis="x")
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def distance_histogram(distances: dict[str, dict[int, int]]) -> Figure:
+    """How many student tokens lie at each edit distance (in bytes) of their teacher token; {name: {distance: n}}."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(distances), figsize=(max(5.0, 3.6 * len(distances)), 3.0), squeeze=False, layout="constrained"
+        )
+        for axis, (name, counts) in zip(axes[0], distances.items(), strict=True):
+            axis.bar(list(counts), list(counts.values()), color=COLOURS[0])
+            axis.set_title(name)
+            axis.set_xlabel("edit distance in bytes")
+            axis.grid(visible=False, axis="x")
+        axes[0, 0].set_ylabel("student tokens")
+    return figure

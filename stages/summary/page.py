@@ -1,0 +1,239 @@
+"""What the report shows, as plain values for its template. No HTML here but the drawn graph."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from stages.artifacts.schemas import MAPPING
+from stages.artifacts.tables import read_table
+from stages.core.artifact import data_path, read_manifest
+from stages.core.errors import UserError
+from stages.inspection.origin import run_facts
+from stages.inspection.text import size
+from stages.summary import collect, graph, headline
+
+ALIGNMENTS, TOKENS = 4, 48  # examples drawn per pair, tokens drawn per side
+CAPTIONS = {
+    "bars": "Bits per byte of held-out text: estimates, 95 % intervals over documents; dashed lines: models as they are.",
+    "compute": "Quality against cost: bits per byte and the forward FLOPs a model spends on a byte of text.",
+    "learning-curves": "Learning curves of the trained experiments.",
+    "fertility": "Bytes per token of both tokenizers on the same text; longer tokens mean fewer steps.",
+    "mapping-distance": "How far each student token is from the teacher token that stands for it.",
+}
+
+
+def context(job: Any) -> dict[str, Any]:
+    """Return everything the template needs, from the inputs of the report job."""
+    summary = job.inputs["summary"]
+    rows = read_table(data_path(summary, "summary.parquet"), collect.SUMMARY).to_pylist()
+    comparisons = read_table(data_path(summary, "comparisons.parquet"), collect.COMPARISONS).to_pylist()
+    labels = {row["model"]: row["label"] for row in rows}
+    labels |= {collect.without_seed(name): label.split(", seed ")[0] for name, label in labels.items()} | labels
+
+    def label(name: str) -> str:
+        return labels.get(name, name)
+
+    artifacts, versions = built(job.root, [manifest for _, manifest, _ in job.spec["graph"]])
+    return {
+        "title": job.spec["title"],
+        "headlines": headline.headlines(comparisons, label),
+        "results": result_table(rows, comparisons),
+        "comparisons": comparison_rows(comparisons, label),
+        "figures": figures(summary),
+        "statistics": [statistics(item) for item in job.inputs.get("statistics", [])],
+        "mappings": [mapping(item) for item in job.inputs.get("mappings", [])],
+        "graph": graph.draw([(stage, manifest, inputs) for stage, manifest, inputs in job.spec["graph"]]),
+        "artifacts": artifacts,
+        "stages": per_stage(artifacts),
+        "versions": versions,
+    }
+
+
+def figures(summary: dict[str, Any]) -> list[dict[str, str]]:
+    """Return {name, caption, svg} of the summary's figures, in reading order."""
+    names = [name.removesuffix(".svg") for name in summary["data"] if name.endswith(".svg")]
+
+    def kind(name: str) -> str:
+        return next((key for key in CAPTIONS if name.endswith(key)), "")
+
+    names.sort(key=lambda name: (list(CAPTIONS).index(kind(name)) if kind(name) else len(CAPTIONS), name))
+    return [
+        {
+            "name": name,
+            "caption": CAPTIONS.get(kind(name), name),
+            "svg": data_path(summary, f"{name}.svg").read_text(encoding="utf-8"),
+        }
+        for name in names
+    ]
+
+
+def result_table(rows: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return {columns, models}: one line per model, one cell per suite, task and metric with its interval."""
+    columns = list(dict.fromkeys((row["suite"], row["task"], row["metric"]) for row in rows))
+    best = {}
+    for column in columns:
+        part = [row for row in rows if (row["suite"], row["task"], row["metric"]) == column]
+        pick = max if part[0]["higher_is_better"] else min
+        best[column] = pick(row["value"] for row in part)
+    verdicts = {
+        (row["a"], row["suite"], row["task"], row["metric"]): row for row in comparisons if row["kind"] == "control"
+    }
+    models: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        column = row["suite"], row["task"], row["metric"]
+        line = models.setdefault(
+            row["model"], {key: row[key] for key in ("model", "label", "story", "method", "seed")} | {"cells": {}}
+        )
+        against = verdicts.get((row["model"], *column))
+        line["cells"][column] = {
+            "value": row["value"],
+            "low": row["low"],
+            "high": row["high"],
+            "best": row["value"] == best[column],
+            "better": against["better"] if against else None,
+        }
+    stories = defaultdict(list)
+    for line in models.values():
+        stories[line["story"]].append(line)
+    heads = [{"suite": suite, "task": task, "metric": headline.metric_name(metric)} for suite, task, metric in columns]
+    ordered = sorted(stories, key=lambda story: (story == "", list(stories).index(story)))
+    return {
+        "columns": columns,
+        "heads": heads,
+        "stories": [(story or "Models as they are", stories[story]) for story in ordered],
+    }
+
+
+def comparison_rows(comparisons: list[dict[str, Any]], label: Any) -> list[dict[str, Any]]:
+    """Return the comparisons with readable names."""
+    return [
+        row | {"label_a": label(row["a"]), "label_b": label(row["b"]), "metric": headline.metric_name(row["metric"])}
+        for row in comparisons
+    ]
+
+
+def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return {teacher, student, corpus, facts, alignments} of one tokenizer pair on one corpus."""
+    teacher, student, _, corpus = Path(manifest["name"]).parts[-5:-1]
+    values = json.loads(data_path(manifest, "summary.json").read_text(encoding="utf-8"))
+    sides = {side: flat(values["sides"][side]) for side in ("teacher", "student")}
+    shared = flat({key: value for key, value in values.items() if key != "sides"})
+    keys = dict.fromkeys([*sides["teacher"], *sides["student"]])
+    facts = [(key, sides["teacher"].get(key), sides["student"].get(key)) for key in keys]
+    drawn = []
+    if "alignments.json" in manifest["data"]:
+        examples = json.loads(data_path(manifest, "alignments.json").read_text(encoding="utf-8"))
+        drawn = [chunks(example) for example in examples[:ALIGNMENTS]]
+    return {
+        "teacher": teacher,
+        "student": student,
+        "corpus": corpus,
+        "facts": facts,
+        "shared": list(shared.items()),
+        "alignments": drawn,
+    }
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the numbers and short texts of nested settings under names with spaces."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            found |= flat(value, f"{name} ")
+        elif isinstance(value, int | float | str):
+            found[name] = value
+    return found
+
+
+def chunks(example: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return columns {chunk, teacher, student} of one alignment, in order; chunk -1 is text without one."""
+    columns: list[dict[str, Any]] = []
+    sides = {
+        side: list(zip(example[side]["tokens"], example[side]["chunks"], strict=True))[:TOKENS]
+        for side in ("teacher", "student")
+    }
+    places = {"teacher": 0, "student": 0}
+
+    def take(side: str, chunk: int) -> list[str]:
+        taken = []
+        while places[side] < len(sides[side]) and sides[side][places[side]][1] == chunk:
+            taken.append(visible(sides[side][places[side]][0]))
+            places[side] += 1
+        return taken
+
+    while any(places[side] < len(sides[side]) for side in sides):
+        following = [sides[side][places[side]][1] for side in sides if places[side] < len(sides[side])]
+        chunk = min(following)
+        columns.append({"chunk": chunk} | {side: take(side, chunk) for side in sides})
+    return columns
+
+
+def visible(text: str) -> str:
+    """Return a token's text with its whitespace made visible."""
+    return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+
+
+def mapping(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return {teacher, student, kinds, best, worst}: the ten best and ten worst tokens that are no exact match."""
+    teacher, student = Path(manifest["name"]).parts[-4:-2]
+    rows = read_table(data_path(manifest, "mapping.parquet"), MAPPING).to_pylist()
+    kinds: dict[str, int] = defaultdict(int)
+    for row in rows:
+        kinds[row["kind"]] += 1
+    mined = [row for row in rows if row["kind"] == "mined"]
+    # The distance per byte tells a good match of a long token from a poor one of a short token.
+    mined.sort(
+        key=lambda row: (row["distance"] / max(1, len(row["student_bytes"])), row["distance"], row["student_id"])
+    )
+
+    def lines(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {
+                side: visible((row[f"{side}_bytes"] or b"").decode("utf-8", "backslashreplace"))
+                for side in ("student", "teacher")
+            }
+            | {"distance": row["distance"]}
+            for row in part
+        ]
+
+    return {
+        "teacher": teacher,
+        "student": student,
+        "kinds": sorted(kinds.items(), key=lambda item: -item[1]),
+        "best": lines(mined[:10]),
+        "worst": lines(mined[::-1][:10]),
+    }
+
+
+def built(root: Path, manifests: list[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return ({manifest, stage, lineage, bytes, seconds} of each artifact that is there, versions of all packages)."""
+    rows, versions = [], {}
+    for name in manifests:
+        try:
+            manifest = read_manifest(root / name, name)
+        except UserError:
+            continue
+        versions |= manifest["versions"]
+        total = sum(facts["bytes"] for facts in manifest["data"].values())
+        seconds = run_facts(root / name).get("seconds")
+        kept = {"manifest": name, "stage": manifest["stage"], "lineage": manifest["lineage"]}
+        rows.append(kept | {"bytes": total, "size": size(total), "seconds": seconds})
+    return rows, dict(sorted(versions.items()))
+
+
+def per_stage(artifacts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return {stage, count, seconds, size} in the order of the pipeline."""
+    grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in artifacts:
+        grouped[row["stage"]].append(row)
+    return [
+        {
+            "stage": stage,
+            "count": len(part),
+            "seconds": sum(row["seconds"] or 0 for row in part),
+            "size": size(sum(row["bytes"] for row in part)),
+        }
+        for stage, part in grouped.items()
+    ]
