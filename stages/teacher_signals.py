@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     name = job.spec["model"]["name"]
     head = find_head(model, view.vocab_size, name, view.name)
     if windows:
-        check_length(model, *longest_example(windows, table), name)
+        check_length(model, name, *longest_example(windows, table))
     wanted = wanted_signals(job.spec["needs"], view.boundary_mask(job.spec["space_mask_mode"]), view.eos_id, device)
     with job.publish() as draft:
         compute = Shard(body_of(model), head, wanted, job.spec["batch_tokens"], name)

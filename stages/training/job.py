@@ -72,7 +72,7 @@ def longest(view: "ByteView", table: pa.Table, model: PreTrainedModel, name: str
     rows = table.take(largest)
     lengths = np.diff(view.encode_examples(rows["slots"].to_pylist(), rows["ends_document"].to_pylist()).offsets)
     at = int(np.argmax(lengths))
-    check_length(model, int(lengths[at]), rows["bytes"][at].as_py(), name, rows["example_id"][at].as_py())
+    check_length(model, name, int(lengths[at]), rows["bytes"][at].as_py(), rows["example_id"][at].as_py())
 
 
 def train_and_publish(job: stage.Job, run: Run, outer: nn.Module) -> None:

@@ -129,7 +129,7 @@ def hidden_states(
     return output.last_hidden_state.flatten(0, 1).index_select(0, index)
 
 
-def check_length(model: PreTrainedModel, longest: int, longest_bytes: int, name: str, example: str) -> None:
+def check_length(model: PreTrainedModel, name: str, longest: int, longest_bytes: int, example: str) -> None:
     """Refuse an example of `longest` tokens that the model has no positions for."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -151,6 +151,11 @@ def _check_head(model: PreTrainedModel, head: Head, name: str) -> None:
     bias = None if head.bias is None else head.bias[: head.shape.vocab]
     actual, _ = block_logits(hidden.to(head.weight.dtype), head.weight[: head.shape.vocab], bias, head.shape)
     model.train(training)
+    if not torch.isfinite(expected).all():
+        raise UserError(
+            f"Model {name!r} gives logits that are not finite: its weights are damaged, or it overflows in "
+            f"{head.weight.dtype}; check the weights or choose another dtype."
+        )
     tolerance = 1e-3 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
     if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().amax().clamp(min=1))):
         raise UserError(

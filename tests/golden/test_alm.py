@@ -10,10 +10,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import golden_folder
 
 from stages.losses import alm
 from stages.losses.chunks import Chunks, merge_chunks, run_ends
+from tests.conftest import golden_folder
 
 
 def pytest_generate_tests(metafunc):

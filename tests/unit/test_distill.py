@@ -132,6 +132,13 @@ def test_cached_and_online_agree_and_repeat(world, signals):
     assert not list((world.root / ".checkpoints").glob("*/step-*"))
 
 
+def test_micro_batches_change_nothing(world, signals):
+    world.distill("whole", [ALM, SFT], signals=signals, train={"max_tokens": 10**6, "steps": 1, "batch_size": 8})
+    world.distill("split", [ALM, SFT], signals=signals, train={"max_tokens": 16, "steps": 1, "batch_size": 8})
+    for key, value in world.metrics("whole")[0].items():
+        assert world.metrics("split")[0][key] == pytest.approx(value, rel=1e-5), key
+
+
 def test_model_opens_with_transformers(world, signals):
     import torch
     from safetensors.torch import load_file

@@ -90,3 +90,59 @@ def test_extreme_logits_stay_finite():
     for mine, theirs in zip(*gradients, strict=True):
         assert torch.isfinite(mine).all()
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-1)
+
+
+def tiny(kind, vocab=41, **options):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "vocab_size": vocab, "head_dim": 8}
+    if kind == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": vocab}
+    config = AutoConfig.for_model(kind, **sizes, **options)
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(
+    "kind,options",
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma2", {"final_logit_softcapping": 3.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("phi", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_head_of_model_classes(kind, options):
+    from stages.training.models import body_of, find_head
+
+    model = tiny(kind, **options)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    head = find_head(model, 37, "teacher", "small")  # four padding columns
+    ids = torch.arange(9)[None]
+    logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :, :37].float(), -1)
+    hidden = body_of(model)(input_ids=ids).last_hidden_state[0]
+    got = head.statistics(hidden, torch.full((9,), 5), None, 7)
+    torch.testing.assert_close(got["observed_logprob"], logprobs[:, 5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got["eos_logprob"], logprobs[:, 7], rtol=1e-4, atol=1e-5)
+
+
+def test_refused_models():
+    from stages.core.errors import UserError
+    from stages.training.models import check_length, find_head
+
+    model = tiny("llama")
+    with pytest.raises(UserError, match="'teacher' has 41 embedding rows but tokenizer 'big' has 50 ids"):
+        find_head(model, 50, "teacher", "big")
+    with pytest.raises(UserError, match=r"at most 64: cut the corpus shorter, with max_bytes: \d+"):
+        check_length(model, "teacher", 100, 300, "d0:0")
+    forward = model.forward
+    model.forward = lambda **inputs: type("Output", (), {"logits": forward(**inputs).logits * 2})()
+    with pytest.raises(UserError, match="in a way that this code does not know"):
+        find_head(model, 41, "teacher", "small")

@@ -1,0 +1,137 @@
+"""Teacher signals: what is computed, written and read back."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from stages.core.errors import UserError
+from stages.signals import reader
+from stages.signals.compute import check_finite, compute_signals, top_k, wanted_signals
+from stages.signals.reader import open_signals
+from stages.signals.schema import columns_for
+from stages.signals.writer import writing
+from stages.training.head import Shape
+from stages.training.models import Head
+
+NEEDS = {"boundary": True, "eos": True, "top_k": 5}
+
+
+def made(vocab=97, rows=101, tokens=50, softcap=None, spread=1.0):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, rows)
+    hidden = torch.randn(tokens, 8) * spread
+    return Head(layer, Shape(vocab, 1.0, softcap)), hidden, torch.randint(0, vocab, (tokens,))
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("block", [None, 7])
+def test_columns_equal_the_full_softmax(softcap, block):
+    head, hidden, targets = made(softcap=softcap)
+    boundary = np.zeros(97, bool)
+    boundary[[3, 50, 96]] = True
+    wanted = wanted_signals(NEEDS, boundary, 11, torch.device("cpu"))
+    signals = compute_signals(hidden, head, targets, torch.tensor([20, 49]), wanted, block)
+    assert set(signals) == set(columns_for(NEEDS))
+    logits = head.layer(hidden)[:, :97]
+    logprobs = torch.log_softmax(softcap * torch.tanh(logits / softcap) if softcap else logits, -1).detach()
+    observed = logprobs.gather(1, targets[:, None])[:, 0]
+    observed[[20, 49]] = 0
+    torch.testing.assert_close(signals["observed_logprob"], observed)
+    torch.testing.assert_close(signals["boundary_logprob"], logprobs[:, torch.tensor(boundary)].logsumexp(-1))
+    torch.testing.assert_close(signals["eos_logprob"], logprobs[:, 11])
+    values, ids = torch.topk(logprobs, 5)
+    assert torch.equal(signals["topk_ids"].long(), ids)
+    torch.testing.assert_close(signals["topk_logprobs"].float(), values, rtol=1e-3, atol=1e-3)
+    tail = logprobs.scatter(1, ids, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(signals["tail_logmass"], tail)
+
+
+def test_tiny_tails_and_boundaries_are_exact():
+    head, hidden, targets = made(spread=60.0)
+    boundary = np.zeros(97, bool)
+    boundary[3] = True
+    signals = compute_signals(
+        hidden, head, targets, torch.tensor([]).long(), wanted_signals(NEEDS, boundary, 11, hidden.device)
+    )
+    exact = torch.log_softmax(head.layer.double()(hidden.double())[:, :97], -1).detach()
+    tail = exact.scatter(1, torch.topk(exact, 5)[1], -torch.inf).logsumexp(-1).clamp(min=np.log(1e-37))
+    torch.testing.assert_close(signals["tail_logmass"].double(), tail, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(signals["boundary_logprob"].double(), exact[:, 3], rtol=1e-4, atol=1e-3)
+    assert tail.min() < -30 and all(torch.isfinite(value).all() for value in signals.values())
+
+
+@pytest.mark.parametrize("vocab,k", [(4096, 64), (5001, 32), (100, 7), (64, 64)])
+def test_top_k(vocab, k):
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(1))
+    values, ids = top_k(logits, k)
+    expected, places = torch.topk(logits, k)
+    assert torch.equal(values, expected) and torch.equal(ids, places)
+
+
+def write(path, groups, k=4, seed=0):
+    """Random signals of row groups of examples; returns the flat arrays and lengths of all."""
+    source = np.random.default_rng(seed)
+    columns = columns_for(NEEDS)
+    everything = []
+    with writing(path, columns, {"stage": "test"}) as writer:
+        for group, lengths in enumerate(groups):
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            number = int(offsets[-1])
+            signals = {name: source.random(number).astype(np.float32) for name in columns}
+            signals["topk_ids"] = source.integers(0, 2**32, (number, k)).astype(np.uint32)
+            signals["topk_logprobs"] = source.random((number, k)).astype(np.float16)
+            ids = source.integers(0, 2**32, number).astype(np.uint32)
+            exact = source.random(len(lengths)) < 0.5
+            writer.add([f"{group}:{i}" for i in range(len(lengths))], exact, ids, offsets, signals)
+            everything += [
+                {"input_ids": ids[a:b], "exact": flag} | {name: value[a:b] for name, value in signals.items()}
+                for a, b, flag in zip(offsets[:-1], offsets[1:], exact, strict=True)
+            ]
+    return everything
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_round_trip(tmp_path, monkeypatch, mapped):
+    if mapped:
+        monkeypatch.setattr(reader, "MEMORY_LIMIT", 0)
+    expected = write(tmp_path / "part-0000.parquet", [[3, 0, 5], [1]], seed=1)
+    expected += write(tmp_path / "part-0001.parquet", [[2, 7]], seed=2)
+    paths = sorted(tmp_path.glob("part-*"))
+    signals = open_signals(paths, columns_for(NEEDS), 4, tmp_path / "cache")
+    assert (tmp_path / "cache").exists() == mapped and signals.count == 6
+    assert signals.example_ids == ["0:0", "0:1", "0:2", "1:0", "0:0", "0:1"]
+    for index in (5, 0, 3, 1, 4, 2):
+        rows = signals.rows(index)
+        assert all(np.array_equal(rows[name], value) for name, value in expected[index].items())
+    joined = signals.gather([4, 0])
+    assert np.array_equal(joined["topk_ids"], np.concatenate([expected[4]["topk_ids"], expected[0]["topk_ids"]]))
+    assert joined["exact"].tolist() == [expected[4]["exact"], expected[0]["exact"]]
+    assert torch.from_numpy(joined["topk_logprobs"]).shape == (5, 4)
+    few = open_signals(paths, ["observed_logprob"])
+    assert set(few.rows(0)) == {"exact", "input_ids", "observed_logprob"}
+    table = pq.read_table(paths[0])
+    assert table.schema.field("topk_ids").type == pa.large_binary() and len(table["topk_ids"][0].as_py()) == 3 * 4 * 4
+
+
+def test_wrong_files_are_named(tmp_path):
+    write(tmp_path / "part-0000.parquet", [[3]])
+    with pytest.raises(UserError, match="no column hidden"):
+        open_signals([tmp_path / "part-0000.parquet"], ["hidden"])
+    content = (tmp_path / "part-0000.parquet").read_bytes()
+    (tmp_path / "part-0000.parquet").write_bytes(content[:-20])
+    with pytest.raises(UserError, match=r"part-0000.parquet cannot be read"):
+        open_signals([tmp_path / "part-0000.parquet"], ["observed_logprob"])
+
+
+def test_writer_hands_on_its_errors(tmp_path):
+    with pytest.raises(KeyError), writing(tmp_path / "x.parquet", ["observed_logprob"], {}) as writer:
+        writer.add(["a"], np.array([True]), np.zeros(2, np.uint32), np.array([0, 2]), {})
+
+
+def test_not_finite():
+    values = np.zeros(6, np.float32)
+    values[4] = np.nan
+    with pytest.raises(UserError, match=r"'big' gives eos_logprob nan in example b"):
+        check_finite({"eos_logprob": values}, np.array([0, 3, 6]), ["a", "b"], "big")
