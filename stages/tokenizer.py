@@ -50,8 +50,8 @@ def _folder(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"Tokenizer {name} is neither a folder nor a Hub id that can be read ({reason}): correct the name or download "
-            "it to a folder."
+            f"Tokenizer {name} is neither a folder nor a Hub id that can be read ({reason}): correct the name or "
+            "download it to a folder."
         ) from None
 
 

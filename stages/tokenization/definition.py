@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import UserError
+from stages.tokenization.byte_functions import SPACE_MARK, byte_alphabet
 
 FILES = (
     "tokenizer.json",
@@ -21,7 +22,6 @@ FILES = (
 )
 NAMED_ROLES = ("bos", "eos", "pad", "unk")
 NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
-PREPENDED_SPACE = {"type": "Replace", "pattern": {"Regex": r"\A(?=[^ ])"}, "content": " "}
 
 
 @dataclass
@@ -101,8 +101,6 @@ def to_bytes_only(tokenizer: dict[str, Any], specials: list[str]) -> None:
 
     The ids agree with tokenkit's byte checkpoints, whose multi-byte template words (`user`, a blank line) are gone.
     """
-    from stages.tokenization.byte_functions import byte_alphabet
-
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {
         "type": "BPE",
@@ -127,17 +125,16 @@ def to_bytes_only(tokenizer: dict[str, Any], specials: list[str]) -> None:
 
 def prepend_space(tokenizer: dict[str, Any]) -> None:
     """Make a tokenizer put a space before any text that does not begin with one (`manual_add_prefix_space`)."""
-    parts = [PREPENDED_SPACE, *([tokenizer["normalizer"]] if tokenizer["normalizer"] else [])]
-    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": parts}
+    existing = tokenizer.get("pre_tokenizer")
+    # A normalizer cannot: its regular expressions may not match nothing, and Prepend does not look what is there.
+    mark = " " if '"ByteLevel"' in json.dumps(existing) else SPACE_MARK
+    prefix = {"type": "Metaspace", "replacement": mark, "prepend_scheme": "first", "split": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [prefix, *([existing] if existing else [])]}
 
 
 def without_prefix_space(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """Return a tokenizer.json that adds no dummy space, sharing its vocabulary with `tokenizer`."""
-
-    def adds(part: dict[str, Any]) -> bool:
-        return part["type"] == "Prepend" or part == PREPENDED_SPACE
-
-    normalizer = _without(tokenizer.get("normalizer"), adds)
+    normalizer = _without(tokenizer.get("normalizer"), lambda part: part["type"] == "Prepend")
     return tokenizer | {"normalizer": normalizer, "pre_tokenizer": _unprefixed(tokenizer.get("pre_tokenizer"))}
 
 

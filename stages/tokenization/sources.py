@@ -10,7 +10,6 @@ from stages.core.errors import UserError
 from stages.tokenization import chat
 from stages.tokenization.byte_functions import BYTE_FUNCTIONS, PROBES, SPACE_MARK, byte_function
 from stages.tokenization.definition import (
-    PREPENDED_SPACE,
     Definition,
     add_token,
     prefixes_every_section,
@@ -177,11 +176,9 @@ def _space_mark(tokenizer: dict[str, Any]) -> str:
     parts = [tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")]
     for part in parts:
         for inner in (part or {}).get("pretokenizers", (part or {}).get("normalizers", [part])):
-            if not inner or inner == PREPENDED_SPACE:
-                continue
-            if inner["type"] == "Metaspace":
+            if inner and inner["type"] == "Metaspace":
                 return inner["replacement"]
-            if inner["type"] == "Replace" and inner["pattern"] == {"String": " "}:
+            if inner and inner["type"] == "Replace" and inner["pattern"] == {"String": " "}:
                 return inner["content"]
     return SPACE_MARK
 

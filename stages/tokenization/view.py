@@ -178,16 +178,17 @@ class ByteView:
         """Return the ids of each text; `prefixed` says which ones get the dummy space that the tokenizer may add."""
         if self.settings["conversion"] == "byte":
             return [text.encode() for text in texts]
+        pattern = self._misread
+        if pattern is not None and any(pattern.search(text) for text in texts):
+            return [self._spelled_ids(*item) for item in zip(texts, prefixed, strict=True)]
         if self._unprefixed is self._tokenizer or all(prefixed):
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        else:
-            encodings = [None] * len(texts)
-            for tokenizer, wanted in ((self._tokenizer, list(prefixed)), (self._unprefixed, [not p for p in prefixed])):
-                found = tokenizer.encode_batch_fast(list(compress(texts, wanted)), add_special_tokens=False)
-                for position, item in zip(compress(range(len(texts)), wanted), found, strict=True):
-                    encodings[position] = item
-        ids = [item.ids for item in encodings]
-        return [self._respelled(run) for run in ids] if self._may_emit_specials else ids
+            return [item.ids for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        ids: list[Sequence[int]] = [()] * len(texts)
+        for tokenizer, wanted in ((self._tokenizer, list(prefixed)), (self._unprefixed, [not p for p in prefixed])):
+            found = tokenizer.encode_batch_fast(list(compress(texts, wanted)), add_special_tokens=False)
+            for position, item in zip(compress(range(len(texts)), wanted), found, strict=True):
+                ids[position] = item.ids
+        return ids
 
     def estimated_ends(self, text: str, count: int, fallback: np.ndarray) -> np.ndarray:
         """Return byte ends [count] of the tokens of a text whose bytes do not add up (unknown tokens), from offsets."""
@@ -234,9 +235,9 @@ class ByteView:
     def _header_ids(self, header: str, opens: bool, fresh: bool) -> tuple[Sequence[int], bool]:
         """Return (ids of a header, whether the content after it takes the dummy space).
 
-        `opens`: nothing comes before; `fresh`: nothing or a special token does. A header that ends in a space hands it to
-        the dummy, which gives the very tokens of the joined text ("[INST] " + "Hello" is "[INST]", "▁Hello"); the space
-        stays a template token where no dummy exists.
+        `opens`: nothing comes before; `fresh`: nothing or a special token does. A header that ends in a space hands it
+        to the dummy, which gives the very tokens of the joined text ("[INST] " + "Hello" is "[INST]", "▁Hello"); the
+        space stays a template token where no dummy exists.
         """
         dummy = opens or (fresh and self.prefix_space == "always")
         if self.prefix_space is None:
@@ -274,26 +275,41 @@ class ByteView:
         return re.compile("|".join(re.escape(content) for content in longest_first))
 
     @cached_property
-    def _may_emit_specials(self) -> bool:
-        """Whether the model spells a special token from its text (a Unigram vocabulary that lists `</s>`)."""
-        contents = [c for c in self._specials if self._specials[c] != self.roles.get("unk")]
+    def _misread(self) -> re.Pattern[str] | None:
+        """What in a text the tokenizer would take for something else, None for nothing.
+
+        The space mark of SentencePiece, which would come back as a space; and, where the model itself has special tokens
+        among its pieces (a Unigram vocabulary that lists `</s>`), their text and that of byte fallbacks.
+        """
+        emits = self._model_emits_specials()
+        literals = list(self._specials) if emits else []
+        if self.settings["byte_function"] == "sentencepiece" and self.settings["mark"] != " ":
+            literals.append(self.settings["mark"])
+        patterns = [re.escape(literal) for literal in sorted(literals, key=len, reverse=True)]
+        patterns += ["<0x[0-9A-F]{2}>"] if emits and self._fallbacks else []
+        return re.compile("|".join(patterns)) if patterns else None
+
+    def _model_emits_specials(self) -> bool:
         for form in ("{}", "a{}a", "a {} a"):
-            found = self._tokenizer.encode_batch_fast([form.format(c) for c in contents], add_special_tokens=False)
-            if any(self._specials[c] in item.ids for c, item in zip(contents, found, strict=True)):
+            texts = [form.format(content) for content in self._specials]
+            found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            if any(i in item.ids for i, item in zip(self._specials.values(), found, strict=True)):
                 return True
         return False
 
-    def _respelled(self, ids: list[int]) -> list[int]:
-        """Return `ids` with special tokens that stand for their own text spelled with regular tokens instead."""
-        if not self._special_mask[ids].any():
-            return ids
-        spelled: list[int] = []
-        for i in ids:
-            if i in self.special_ids and i != self.roles.get("unk"):
-                spelled += self._spell(self._special_tokens[i].content.encode()) or [i]
-            else:
-                spelled.append(i)
-        return spelled
+    def _spelled_ids(self, text: str, prefixed: bool) -> list[int]:
+        """Return the ids of a text, in which literals that the tokenizer misreads are spelled with other tokens."""
+        pattern = self._misread
+        ids: list[int] = []
+        at = 0
+        for match in [*pattern.finditer(text), None] if pattern else [None]:
+            part = text[at : match.start() if match else len(text)]
+            tokenizer = self._tokenizer if prefixed and at == 0 else self._unprefixed
+            ids += tokenizer.encode(part, add_special_tokens=False).ids if part else []
+            if match:
+                ids += self._spell(match[0].encode()) or tokenizer.encode(match[0], add_special_tokens=False).ids
+                at = match.end()
+        return ids
 
     def _spell(self, text: bytes) -> list[int] | None:
         """Return regular tokens for `text`, longest match first; None when there are none."""
