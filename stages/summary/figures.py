@@ -54,7 +54,7 @@ def bits_per_byte_bars(rows: list[dict[str, Any]], baselines: list[dict[str, Any
     stories = list(dict.fromkeys(row["story"] for row in rows))
     heights = [max(1, sum(row["story"] == story for row in rows)) for story in stories]
     with plt.rc_context(STYLE):
-        height = 0.42 * sum(heights) + 0.95 * len(stories)
+        height = 0.42 * sum(heights) + 0.75 * len(stories) + 0.4
         figure, axes = plt.subplots(
             len(stories),
             1,
@@ -76,7 +76,7 @@ def bits_per_byte_bars(rows: list[dict[str, Any]], baselines: list[dict[str, Any
         axes[0, 0].set_xlim(max(0.0, min(values) - 0.35 * spread), max(values) + 0.35 * spread)
         axes[-1, 0].set_xlabel("bits per byte of held-out text (lower is better), 95 % interval over documents")
         if baselines:
-            axes[-1, 0].legend(loc="upper center", bbox_to_anchor=(0.45, -0.55 * 3 / heights[-1]), ncols=4)
+            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -108,9 +108,9 @@ def compute_scatter(points: list[dict[str, Any]]) -> Figure:
                 capsize=3,
                 label=story or "models",
             )
-        _label_points(axis, points)
         axis.set_xscale("log")
-        axis.margins(x=0.25)
+        axis.margins(x=0.35)
+        _label_points(axis, points)
         axis.set_xlabel("forward FLOPs per byte of text")
         axis.set_ylabel("bits per byte")
         axis.legend()
@@ -118,13 +118,24 @@ def compute_scatter(points: list[dict[str, Any]]) -> Figure:
 
 
 def _label_points(axis: Axes, points: list[dict[str, Any]]) -> None:
-    """Write each label beside its point, alternating sides where points share a place."""
-    for number, point in enumerate(sorted(points, key=lambda point: point["value"])):
-        side = 1 if number % 2 else -1
-        offset, align = (7 * side, -3), "left" if side > 0 else "right"
-        axis.annotate(
-            point["label"], (point["flops"], point["value"]), offset, textcoords="offset points", size=8, ha=align
-        )
+    """Write each label to the right of its point, moved up where labels of one column would touch."""
+    bottom, top = axis.get_ylim()
+    least = (top - bottom) / 24
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for point in sorted(points, key=lambda point: point["value"]):
+        columns.setdefault(f"{point['flops']:.1e}", []).append(point)
+    for column in columns.values():
+        place = -float("inf")
+        for point in column:
+            place = max(point["value"], place + least)
+            axis.annotate(
+                point["label"],
+                (point["flops"], point["value"]),
+                (point["flops"] * 1.06, place),
+                size=8,
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2},
+            )
 
 
 def learning_curves(curves: list[dict[str, Any]]) -> Figure:
@@ -153,7 +164,7 @@ def learning_curves(curves: list[dict[str, Any]]) -> Figure:
 def grouped_bars(groups: Sequence[str], series: dict[str, Sequence[float]], ylabel: str) -> Figure:
     """Bars for each group (a tokenizer pair) and series (teacher, student)."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(max(4.5, 1.6 * len(groups) + 2), 3.2), layout="constrained")
+        figure, axis = plt.subplots(figsize=(max(4.5, 1.6 * len(groups) + 2), 2.6), layout="constrained")
         width = 0.8 / len(series)
         for number, (name, values) in enumerate(series.items()):
             places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(groups))]

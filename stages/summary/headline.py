@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from stages.summary.collect import without_seed
+
 NAMES = {"bits_per_byte": "bits per byte", "acc": "accuracy", "acc_norm": "length-normalised accuracy"}
 ORDER = ("bits_per_byte", "acc_norm", "acc")
 
@@ -12,41 +14,72 @@ def metric_name(metric: str) -> str:
     return NAMES.get(metric, metric.replace("_", " "))
 
 
-def headlines(comparisons: list[dict[str, Any]], label: Callable[[str], str]) -> list[dict[str, str]]:
-    """Return {story, text, verdict} per comparison with a control (else with the start) on the leading metric.
+HEADINGS = {
+    "control": "What the teacher added",
+    "start": "What training added",
+    "asked": "Also compared",
+}
 
-    `label` turns the name of a model or experiment into what the config calls it. Rows over several seeds replace those
-    of their single seeds.
+
+def sections(
+    comparisons: list[dict[str, Any]], stories: list[str], label: Callable[[str], str]
+) -> list[dict[str, Any]]:
+    """Return {heading, lead, stories: [{story, items: [{text, verdict, better}]}]} on each kind's leading metric.
+
+    `label` turns the name of a model or experiment into what the config calls it. A row over several seeds replaces the
+    rows of its single seeds.
     """
     found = []
-    for kind in ("control", "start", "asked"):
+    for kind, heading in HEADINGS.items():
         part = [row for row in comparisons if row["kind"] == kind]
         leading = next((metric for metric in ORDER if any(row["metric"] == metric for row in part)), None)
-        part = [row for row in part if row["metric"] == (leading or row["metric"])]
-        most = {}
-        for row in part:
-            key = row["story"], label(row["a"]), row["suite"]
-            if key not in most or row["seeds"] > most[key]["seeds"]:
-                most[key] = row
-        found += [
-            {"story": row["story"], "text": sentence(row, label), "verdict": row["verdict"], "kind": kind}
-            for row in most.values()
-        ]
+        part = [row for row in without_members(part) if leading in (None, row["metric"])]
+        if not part:
+            continue
+        grouped = []
+        for story in stories:
+            items = [
+                {"text": sentence(row, label), "verdict": row["verdict"], "better": row["better"]}
+                for row in part
+                if row["story"] == story
+            ]
+            grouped += [{"story": story, "items": items}] if items else []
+        found.append({"heading": heading, "lead": lead(kind, part), "stories": grouped})
     return found
+
+
+def without_members(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows without those of a single seed that a row over several seeds stands for."""
+    combined = {(row["a"], row["b"]) for row in rows if row["seeds"] > 1}
+    return [row for row in rows if row["seeds"] > 1 or (without_seed(row["a"]), without_seed(row["b"])) not in combined]
+
+
+def lead(kind: str, rows: list[dict[str, Any]]) -> str:
+    """Return how many comparisons of a kind are differences, in one sentence."""
+    better = sum(row["better"] == "a" for row in rows)
+    worse = sum(row["better"] == "b" for row in rows)
+    noise = len(rows) - better - worse
+    what = {
+        "control": "against the same training on the text alone",
+        "start": "against the model that training began with",
+        "asked": "in the comparisons asked for",
+    }[kind]
+    counts = [
+        f"{number} {word}" for number, word in ((better, "better"), (worse, "worse"), (noise, "within noise")) if number
+    ]
+    return f"By {metric_name(rows[0]['metric'])} {what}: {', '.join(counts)}."
 
 
 def sentence(row: dict[str, Any], label: Callable[[str], str]) -> str:
     """Return one comparison as a sentence."""
-    a, b, metric = label(row["a"]), label(row["b"]), metric_name(row["metric"])
-    low, high = sorted((abs(row["low"]), abs(row["high"])))
-    over = f" over {row['seeds']} seeds" if row["seeds"] > 1 else ""
-    values = f"{a} reaches {row['value_a']:.3f} {metric}{over}, {b} {row['value_b']:.3f}"
+    over = f", mean of {row['seeds']} seeds" if row["seeds"] > 1 else ""
+    values = f"{label(row['a'])}: {row['value_a']:.3f} {metric_name(row['metric'])}, against {row['value_b']:.3f} for "
+    values += f"{label(row['b'])}{over}"
     if row["verdict"] == "within noise":
         interval = f"95 % interval {row['low']:+.3f} to {row['high']:+.3f}"
-        return f"{values}: within noise (difference {row['difference']:+.3f}, {interval})."
-    verb = "better" if row["better"] == "a" else "worse"
-    gain = f"{abs(row['difference']):.3f} {verb} (95 % interval {low:.3f} to {high:.3f})"
-    if row["kind"] == "control":
-        effect = "the teacher adds this" if row["better"] == "a" else "the teacher costs this"
-        return f"{values}: {gain}; {effect} beyond training on the same text alone."
-    return f"{values}: {gain}."
+        return f"{values}. The difference of {row['difference']:+.3f} is within noise ({interval})."
+    low, high = sorted((abs(row["low"]), abs(row["high"])))
+    gain = f"{abs(row['difference']):.3f} (95 % interval {low:.3f} to {high:.3f})"
+    verb = {"a": "improves it by", "b": "worsens it by"}[row["better"]]
+    who = {"control": "The teacher's signal", "start": "Training", "asked": "This"}[row["kind"]]
+    return f"{values}. {who} {verb} {gain}."

@@ -15,7 +15,8 @@ from stages.summary import collect, graph, headline
 
 ALIGNMENTS, TOKENS = 4, 48  # examples drawn per pair, tokens drawn per side
 CAPTIONS = {
-    "bars": "Bits per byte of held-out text: estimates, 95 % intervals over documents; dashed lines: models as they are.",
+    "bars": "Bits per byte of held-out text with 95 % intervals over documents; dashed lines are models as they are. "
+    "The intervals of paired differences, which decide above, are narrower: all models read the same documents.",
     "compute": "Quality against cost: bits per byte and the forward FLOPs a model spends on a byte of text.",
     "learning-curves": "Learning curves of the trained experiments.",
     "fertility": "Bytes per token of both tokenizers on the same text; longer tokens mean fewer steps.",
@@ -37,7 +38,7 @@ def context(job: Any) -> dict[str, Any]:
     artifacts, versions = built(job.root, [manifest for _, manifest, _ in job.spec["graph"]])
     return {
         "title": job.spec["title"],
-        "headlines": headline.headlines(comparisons, label),
+        "sections": headline.sections(comparisons, list(dict.fromkeys(row["story"] for row in comparisons)), label),
         "results": result_table(rows, comparisons),
         "comparisons": comparison_rows(comparisons, label),
         "figures": figures(summary),
