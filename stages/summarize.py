@@ -117,7 +117,7 @@ def mapping_distances(job: stage.Job) -> dict[str, dict[int, int]]:
     for mapping in job.inputs.get("mappings", []):
         teacher, student = Path(mapping["name"]).parts[-4:-2]
         table = read_table(data_path(mapping, "mapping.parquet"), MAPPING, ["kind", "distance"]).to_pylist()
-        counts = Counter(row["distance"] for row in table if row["kind"] in ("exact", "mined"))
+        counts = Counter(row["distance"] for row in table if row["kind"] == "mined")
         if counts:
             found[f"{teacher} → {student}"] = dict(sorted(counts.items()))
     return found

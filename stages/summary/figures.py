@@ -134,7 +134,14 @@ def _label_points(axis: Axes, points: list[dict[str, Any]]) -> None:
                 (point["flops"] * 1.06, place),
                 size=8,
                 va="center",
-                arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": "#888888",
+                    "linewidth": 0.6,
+                    "shrinkA": 0,
+                    "shrinkB": 2,
+                    "relpos": (0, 0.5),
+                },
             )
 
 

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT, GAP_X, GAP_Y = 168, 36, 46, 10
-GROUP_ABOVE = 6  # more artifacts of one stage than this in a layer become one box
+WIDTH, HEIGHT, GAP_X, GAP_Y = 150, 36, 34, 10
+LETTERS = 22  # of a name that fit into a box
+GROUP_ABOVE = 12  # more boxes of one stage than this in a layer become one
 COLOURS = {
     "corpus": "#009e73",
     "tokenizer": "#e69f00",
@@ -42,25 +43,61 @@ def layers(graph: Sequence[tuple[str, str, list[str]]]) -> dict[str, int]:
 
 
 def boxes(graph: Sequence[tuple[str, str, list[str]]]) -> tuple[dict[str, tuple[str, str, int]], dict[str, str]]:
-    """Return (box -> (stage, text, layer), manifest -> box). Shards, and crowds of one stage in a layer, share one."""
+    """Return (box -> (stage, text, layer), manifest -> box). Shards, evaluations of a model, and crowds share one."""
     depth = layers(graph)
-    crowd = Counter((stage, depth[manifest]) for stage, manifest, _ in graph)
-    shapes: dict[str, tuple[str, str, int]] = {}
-    owner = {}
-    members: Counter[str] = Counter()
+    last = max((depth[manifest] for stage, manifest, _ in graph if stage == "evaluate"), default=0)
+    depth |= {manifest: last for stage, manifest, _ in graph if stage == "evaluate"}
+    owner, members = {}, {}
     for stage, manifest, _ in graph:
-        folder = manifest.rpartition("/")[0]
-        layer = depth[manifest]
-        shard = not manifest.endswith("/manifest.json") and folder != ""
-        if crowd[stage, layer] > GROUP_ABOVE and not shard:
-            box, text = f"{stage} {layer}", folder.split("/")[0]
-        else:
-            box, text = (f"{stage} {folder}", folder) if shard else (manifest, folder or manifest)
-        members[box] += 1
+        box = _box(stage, manifest)
         owner[manifest] = box
-        count = f" x {members[box]}" if members[box] > 1 else ""
-        shapes[box] = (stage, text + count, layer)
+        members.setdefault(box, []).append((stage, manifest))
+    crowd = Counter((part[0][0], depth[part[0][1]]) for part in members.values())
+    shapes: dict[str, tuple[str, str, int]] = {}
+    for box, part in members.items():
+        stage, layer = part[0][0], max(depth[manifest] for _, manifest in part)
+        if crowd[stage, layer] > GROUP_ABOVE:
+            group = f"{stage} {layer}"
+            shapes[group] = (stage, f"{crowd[stage, layer]} folders", layer)
+            owner |= {manifest: group for _, manifest in part}
+        else:
+            shapes[box] = (stage, _text(part), layer)
     return shapes, owner
+
+
+def _box(stage: str, manifest: str) -> str:
+    """Return the key of the box of an artifact: its manifest, or the folder it shares with alike ones."""
+    folder, _, file = manifest.rpartition("/")
+    if stage == "evaluate":
+        return f"{stage} {folder.rpartition('/')[0]}"
+    return manifest if file == "manifest.json" or not folder else f"{stage} {folder}"
+
+
+def _text(part: list[tuple[str, str]]) -> str:
+    """Return what a box says below its stage: the folder without its first part, which the stage tells."""
+    stage, manifest = part[0]
+    folder = manifest.rpartition("/")[0] or manifest.removesuffix(".manifest.json")
+    if stage == "evaluate":
+        return f"{folder.split('/')[-2]}: " + ", ".join(item.split("/")[-2] for _, item in part)
+    name = folder.partition("/")[2] or folder
+    return f"{name} x {len(part)}" if len(part) > 1 else name
+
+
+def needed(edges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the edges without those that a longer way between the same boxes implies."""
+    after: dict[str, set[str]] = {}
+    for a, b in edges:
+        after.setdefault(a, set()).add(b)
+    reached: dict[str, set[str]] = {}
+
+    def reach(box: str) -> set[str]:
+        if box not in reached:
+            reached[box] = set()
+            for other in after.get(box, ()):
+                reached[box] |= {other} | reach(other)
+        return reached[box]
+
+    return [(a, b) for a, b in edges if not any(b in reach(other) for other in after[a] if other != b)]
 
 
 def draw(graph: Sequence[tuple[str, str, list[str]]]) -> str:
@@ -69,7 +106,7 @@ def draw(graph: Sequence[tuple[str, str, list[str]]]) -> str:
     edges = sorted(
         {(owner[item], owner[manifest]) for _, manifest, upstream in graph for item in upstream if item in owner}
     )
-    edges = [(a, b) for a, b in edges if a != b]
+    edges = needed([(a, b) for a, b in edges if a != b])
     place = _places(shapes, edges)
     right = max((x for x, _ in place.values()), default=0) + WIDTH + 2
     bottom = max((y for _, y in place.values()), default=0) + HEIGHT + 2
@@ -90,7 +127,7 @@ def draw(graph: Sequence[tuple[str, str, list[str]]]) -> str:
             f'<g><title>{escape(text)}</title><rect class="box" {frame} width="{WIDTH}" rx="6"/>'
             f'<rect {frame} width="5" rx="2" fill="{colour}"/>'
             f'<text class="stage" x="{x + 14}" y="{y + 15}">{escape(stage)}</text>'
-            f'<text class="name" x="{x + 14}" y="{y + 29}">{escape(_short(text, 27))}</text></g>'
+            f'<text class="name" x="{x + 14}" y="{y + 29}">{escape(_short(text, LETTERS))}</text></g>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -124,5 +161,5 @@ def _mean(values: list[float], default: float) -> float:
 
 
 def _short(text: str, width: int) -> str:
-    """Return the end of a path, which says most, within `width` characters."""
+    """Return a name within `width` characters, with its end, which says most."""
     return text if len(text) <= width else "…" + text[-(width - 1) :]

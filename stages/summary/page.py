@@ -20,7 +20,7 @@ CAPTIONS = {
     "compute": "Quality against cost: bits per byte and the forward FLOPs a model spends on a byte of text.",
     "learning-curves": "Learning curves of the trained experiments.",
     "fertility": "Bytes per token of both tokenizers on the same text; longer tokens mean fewer steps.",
-    "mapping-distance": "How far each student token is from the teacher token that stands for it.",
+    "mapping-distance": "How far mined student tokens are from the teacher tokens that stand for them; exact matches aside.",
 }
 
 
@@ -39,7 +39,7 @@ def context(job: Any) -> dict[str, Any]:
     return {
         "title": job.spec["title"],
         "sections": headline.sections(comparisons, list(dict.fromkeys(row["story"] for row in comparisons)), label),
-        "results": result_table(rows, comparisons),
+        "results": result_table(rows, comparisons, training(job.inputs.get("students", []))),
         "comparisons": comparison_rows(comparisons, label),
         "figures": figures(summary),
         "statistics": [statistics(item) for item in job.inputs.get("statistics", [])],
@@ -69,7 +69,18 @@ def figures(summary: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def result_table(rows: list[dict[str, Any]], comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+def training(students: list[dict[str, Any]]) -> dict[str, str]:
+    """Return name of an experiment -> the FLOPs of its training, as a short text."""
+    return {
+        student["path"].parent.name: f"{student['metrics']['flops']:.2g}"
+        for student in students
+        if "flops" in student["metrics"]
+    }
+
+
+def result_table(
+    rows: list[dict[str, Any]], comparisons: list[dict[str, Any]], flops: dict[str, str]
+) -> dict[str, Any]:
     """Return {columns, models}: one line per model, one cell per suite, task and metric with its interval."""
     columns = list(dict.fromkeys((row["suite"], row["task"], row["metric"]) for row in rows))
     best = {}
@@ -83,9 +94,8 @@ def result_table(rows: list[dict[str, Any]], comparisons: list[dict[str, Any]]) 
     models: dict[str, dict[str, Any]] = {}
     for row in rows:
         column = row["suite"], row["task"], row["metric"]
-        line = models.setdefault(
-            row["model"], {key: row[key] for key in ("model", "label", "story", "method", "seed")} | {"cells": {}}
-        )
+        facts = {key: row[key] for key in ("model", "label", "story", "method", "seed")}
+        line = models.setdefault(row["model"], facts | {"flops": flops.get(row["model"]), "cells": {}})
         against = verdicts.get((row["model"], *column))
         line["cells"][column] = {
             "value": row["value"],

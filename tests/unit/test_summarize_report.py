@@ -355,7 +355,7 @@ def test_chunk_columns_keep_every_token():
 
 def test_no_torch(root):
     summary, page_spec = build(root)
-    code = "import sys, json; from stages import summarize, report; a = json.loads(sys.stdin.read()); summarize.main(a[0]); "
-    code += "report.main(a[1]); assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, json; from stages import summarize, report; a = json.loads(sys.stdin.read()); "
+    code += "summarize.main(a[0]); report.main(a[1]); assert not {'torch', 'transformers'} & set(sys.modules)"
     arguments = [tiny.argv(root, f"summary/{SUFFIX}", summary), tiny.argv(root, f"report.{SUFFIX}", page_spec)]
     subprocess.run([sys.executable, "-c", code], input=json.dumps(arguments), text=True, check=True)
