@@ -278,8 +278,8 @@ class ByteView:
     def _misread(self) -> re.Pattern[str] | None:
         """What in a text the tokenizer would take for something else, None for nothing.
 
-        The space mark of SentencePiece, which would come back as a space; and, where the model itself has special tokens
-        among its pieces (a Unigram vocabulary that lists `</s>`), their text and that of byte fallbacks.
+        The space mark of SentencePiece, which would come back as a space; and, where the model itself has special
+        tokens among its pieces (a Unigram vocabulary that lists `</s>`), their text and that of byte fallbacks.
         """
         emits = self._model_emits_specials()
         literals = list(self._specials) if emits else []

@@ -16,16 +16,17 @@ from stages.tokenization.spec import TokenizerSpec, parse_spec
 from tests.unit import tokenizers_zoo as zoo
 
 NAMES = [
-    "qwen", "qwen3", "gpt2", "prefixed", "llama3", "bytes", "spaced", "legacy", "gemma", "bpe", "sentencepiece", "unigram",
-    "wordpiece",
+    "qwen", "qwen3", "gpt2", "prefixed", "llama3", "bytes", "spaced", "legacy", "gemma", "bpe", "sentencepiece",
+    "unigram", "wordpiece",
 ]  # fmt: skip
 EXACT = [name for name in NAMES if name != "wordpiece"]
 TEXTS = st.one_of(
     st.text(st.characters(codec="utf-8"), max_size=40),
     st.lists(
         st.sampled_from(
-            ["the", " the", " ", "  ", "\t", "\n", "\n\n", "user", "assistant", "<s>", "</s>", "<unk>", "<|im_start|>", "▁",
-             "<|endoftext|>", "<0x41>", "é", "e\u0301", "北京", "🎉", "👩\u200d👧", "##a", "[UNK]", "\r\n", "\u3000", "\x00"]
+            ["the", " the", " ", "  ", "\t", "\n", "\n\n", "user", "assistant", "<s>", "</s>", "<unk>", "▁",
+             "<|im_start|>", "<|endoftext|>", "<0x41>", "é", "e\u0301", "北京", "🎉",
+             "👩\u200d👧", "##a", "[UNK]", "\r\n", "\u3000", "\x00"]
         ),
         max_size=12,
     ).map("".join),
@@ -172,7 +173,8 @@ def test_header_that_ends_in_a_space_hands_it_to_the_dummy():
 
 
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{{ '<s>' + message['role'] + '\n' + message['content'] | trim + '</s>\n' }}{% endfor %}"

@@ -19,8 +19,9 @@ TEXT = [
 ] * 4
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -99,7 +100,7 @@ def views():
     chatml = {"eos_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
     qwen = save(byte_level(), template=CHATML, **chatml)
     qwen3 = save(byte_level(size=500), template=CHATML, bos_token="<|im_start|>", **chatml)
-    found = {
+    return {
         "qwen": load(qwen),
         "qwen3": load(qwen3),
         "gpt2": load(save(byte_level(("<|endoftext|>",), size=300), eos_token="<|endoftext|>")),
@@ -112,9 +113,10 @@ def views():
         "bpe": trained("byte_bpe", 320),
         "sentencepiece": trained("sentencepiece_bpe"),
         "unigram": trained("unigram"),
-        "wordpiece": load(save(word_piece(pre_tokenizers.ByteLevel(add_prefix_space=False)), unk_token="[UNK]", eos_token="[SEP]")),
-    }  # fmt: skip
-    return found
+        "wordpiece": load(
+            save(word_piece(pre_tokenizers.ByteLevel(add_prefix_space=False)), unk_token="[UNK]", eos_token="[SEP]")
+        ),
+    }
 
 
 def chat(*turns):

@@ -1,0 +1,254 @@
+import json
+from itertools import pairwise
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages import corpus
+from stages.artifacts.schemas import EXAMPLES
+from stages.artifacts.tables import identity_of, read_table
+from stages.core.artifact import read_manifest
+from stages.core.errors import UserError
+from stages.corpora.cutting import cut_text, cut_turns
+from stages.corpora.python_docs import python_documents
+
+TEXT = st.text(st.sampled_from("aaabé🎉 \n\t\r"), max_size=90)
+
+
+def build(root, name="c", **spec):
+    spec = {"max_bytes": 64, "heldout": 0.3, "seed": 1, "inputs": {}} | spec
+    arguments = ["--root", str(root), "--manifest", f"corpora/{name}/manifest.json", "--spec", json.dumps(spec)]
+    corpus.main(arguments)
+    return {split: rows(root, name, split) for split in ("train", "heldout")}
+
+
+def rows(root, name, split):
+    return read_table(root / "corpora" / name / f"{split}.parquet", EXAMPLES).to_pylist()
+
+
+def jsonl(path, *values):
+    path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+    return {str(path): "digest"}
+
+
+def documents(count):
+    return [{"text": f"document {i}: " + "word " * (i % 40)} for i in range(count)]
+
+
+@given(text=TEXT, max_bytes=st.integers(4, 40))
+def test_cut_text(text, max_bytes):
+    pieces = cut_text(text, max_bytes)
+    assert "".join(pieces) == text
+    assert all(len(piece.encode()) <= max_bytes for piece in pieces)
+    for piece, following in pairwise(pieces):
+        assert piece
+        window = (piece + following).encode()[:max_bytes]
+        if not any(white in window[1:] for white in b" \n\t\r"):
+            assert len(piece.encode()) > max_bytes - 4
+        else:
+            assert piece.endswith("\n") or following[0].isspace() or len(piece.encode()) > max_bytes - 4
+
+
+def test_cut_text_prefers_newlines_then_words():
+    assert cut_text("one two\nthree four", 12) == ["one two\n", "three four"]
+    assert cut_text("one\nthree four five", 12) == ["one\nthree", " four five"]
+    assert cut_text("北京日本" * 2, 8) == ["北京", "日本", "北京", "日本"]
+    assert cut_text("", 8) == [""]
+
+
+TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT, st.booleans()), max_size=8)
+
+
+@given(turns=TURNS, max_bytes=st.integers(8, 80))
+def test_cut_turns(turns, max_bytes):
+    examples = cut_turns(turns, max_bytes)
+    assert all(sum(len(text.encode()) for _, text, _ in example) <= max_bytes for example in examples)
+    assert "".join(text for example in examples for _, text, _ in example) == "".join(text for _, text, _ in turns)
+    whole = [turn for turn in turns if len(turn[1].encode()) <= max_bytes]
+    assert [turn for example in examples for turn in example if turn[0] != "text"] == whole
+    for example in examples:
+        assert len(example) == 1 or all(role != "text" for role, _, _ in example)
+
+
+def test_exchanges_stay_together():
+    turns = [("user", "aaaa", False), ("assistant", "bbbb", True), ("user", "cccc", False), ("assistant", "dddd", True)]
+    assert cut_turns(turns, 15) == [turns[:2], turns[2:]]
+    assert cut_turns(turns, 16) == [turns]
+    assert cut_turns([("user", "x" * 20, False), ("assistant", "y", True)], 16) == [
+        [("text", "x" * 16, False)],
+        [("text", "x" * 4, False)],
+        [("assistant", "y", True)],
+    ]
+
+
+def test_splits_and_ids(tmp_path):
+    files = jsonl(tmp_path / "a.jsonl", *documents(60), {"text": "twin"}, {"text": "twin"})
+    splits = build(tmp_path, kind="jsonl", files=files)
+    ids = [row["example_id"] for split in splits.values() for row in split]
+    assert len(ids) == len(set(ids)) and splits["train"] and splits["heldout"]
+    assert not {r["document_id"] for r in splits["train"]} & {r["document_id"] for r in splits["heldout"]}
+    texts = [row["slots"][0]["text"] for split in splits.values() for row in split]
+    assert texts.count("twin") == 2
+    for split in splits.values():
+        for row in split:
+            assert row["bytes"] == len(row["slots"][0]["text"].encode()) <= 64 and row["slots"][0]["loss"]
+    manifest = read_manifest(tmp_path / "corpora/c/manifest.json")
+    assert manifest["metrics"]["train_examples"] == len(splits["train"]) == manifest["data"]["train.parquet"]["rows"]
+    assert manifest["metrics"]["train_bytes"] == sum(row["bytes"] for row in splits["train"])
+    assert identity_of(tmp_path / "corpora/c/train.parquet")["lineage"] == manifest["lineage"]
+
+
+def test_document_flags(tmp_path):
+    files = jsonl(tmp_path / "a.jsonl", {"text": "word " * 30})
+    split = build(tmp_path, kind="jsonl", files=files, heldout=0.0)["train"]
+    assert [(row["starts_document"], row["ends_document"]) for row in split] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+    assert "".join(row["slots"][0]["text"] for row in split) == "word " * 30
+
+
+def test_more_documents_move_none(tmp_path):
+    few = build(tmp_path, "few", kind="jsonl", files=jsonl(tmp_path / "a.jsonl", *documents(30)))
+    more = build(tmp_path, "more", kind="jsonl", files=jsonl(tmp_path / "b.jsonl", *documents(60)))
+    for split in few:
+        assert {r["example_id"] for r in few[split]} <= {r["example_id"] for r in more[split]}
+
+
+def test_two_runs_are_identical(tmp_path):
+    files = jsonl(tmp_path / "a.jsonl", *documents(40))
+    for name in ("one", "two"):
+        build(tmp_path, name, kind="jsonl", files=files, sample=20)
+    digests = [read_manifest(tmp_path / f"corpora/{name}/manifest.json")["data"] for name in ("one", "two")]
+    assert digests[0] == digests[1]
+
+
+def test_sample_takes_so_many_and_nests(tmp_path):
+    files = jsonl(tmp_path / "a.jsonl", *documents(60))
+    found = [
+        {r["document_id"] for split in build(tmp_path, kind="jsonl", files=files, sample=n).values() for r in split}
+        for n in (10, 20)
+    ]
+    assert [len(ids) for ids in found] == [10, 20] and found[0] <= found[1]
+
+
+def test_subset_samples_train_and_keeps_heldout(tmp_path):
+    whole = build(tmp_path, "whole", kind="jsonl", files=jsonl(tmp_path / "a.jsonl", *documents(80)))
+    inputs = {"corpus": {"manifest": "corpora/whole/manifest.json"}}
+    spec = json.dumps({"kind": "subset", "fraction": 0.4, "seed": 1, "inputs": inputs})
+    corpus.main(["--root", str(tmp_path), "--manifest", "corpora/part/manifest.json", "--spec", spec])
+    assert rows(tmp_path, "part", "heldout") == whole["heldout"]
+    part = rows(tmp_path, "part", "train")
+    chosen = {row["document_id"] for row in part}
+    assert part == [row for row in whole["train"] if row["document_id"] in chosen]
+    assert 0 < len(chosen) < len({row["document_id"] for row in whole["train"]})
+    nothing = json.dumps({"kind": "subset", "fraction": 1e-9, "seed": 1, "inputs": inputs})
+    with pytest.raises(UserError, match="fraction"):
+        corpus.main(["--root", str(tmp_path), "--manifest", "corpora/none/manifest.json", "--spec", nothing])
+
+
+CHAT = [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"}, {"role": "user", "content": "q2"},
+        {"role": "assistant", "content": "a2"}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("train_on", "loss"),
+    [("all", [True] * 4), ("assistant", [False, True, False, True]), ("last_answer", [False, False, False, True])],
+)
+def test_chats(tmp_path, train_on, loss):
+    files = jsonl(tmp_path / "a.jsonl", {"messages": CHAT})
+    (row,) = build(tmp_path, kind="jsonl", files=files, train_on=train_on, heldout=0.0)["train"]
+    assert [slot["loss"] for slot in row["slots"]] == loss
+    assert [(s["role"], s["text"]) for s in row["slots"]] == [(m["role"], m["content"]) for m in CHAT]
+
+
+def test_other_chat_shapes(tmp_path):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"from": "gpt", "value": "ho"}]
+    files = jsonl(tmp_path / "a.jsonl", {"conversation": parts})
+    (row,) = build(tmp_path, kind="jsonl", files=files, messages="conversation", train_on="assistant", heldout=0.0)[
+        "train"
+    ]
+    assert [(s["role"], s["text"]) for s in row["slots"]] == [("user", "hi"), ("assistant", "ho")]
+
+
+def test_untrained_examples_are_left_out(tmp_path):
+    long = [{"role": "user", "content": "q" * 60}, {"role": "assistant", "content": "a" * 60}]
+    files = jsonl(tmp_path / "a.jsonl", {"messages": long})
+    split = build(tmp_path, kind="jsonl", files=files, train_on="assistant", heldout=0.0)["train"]
+    assert [[slot["text"] for slot in row["slots"]] for row in split] == [["a" * 60]]
+    only = jsonl(tmp_path / "b.jsonl", {"messages": [{"role": "user", "content": "q"}]})
+    with pytest.raises(UserError, match="train_on=assistant"):
+        build(tmp_path, kind="jsonl", files=only, train_on="assistant", heldout=0.0)
+
+
+def test_parquet_and_txt(tmp_path):
+    pq.write_table(pa.table({"body": [row["text"] for row in documents(20)]}), tmp_path / "a.parquet")
+    found = build(tmp_path, kind="parquet", files={str(tmp_path / "a.parquet"): "x"}, column="body", heldout=0.0)[
+        "train"
+    ]
+    assert "".join(r["slots"][0]["text"] for r in found) == "".join(row["text"] for row in documents(20))
+    text = "A line of the play.\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    splits = build(tmp_path, kind="txt", files={str(tmp_path / "a.txt"): "x"})
+    assert splits["train"] and splits["heldout"]
+    assert sum(row["bytes"] for split in splits.values() for row in split) == len(text)
+    assert sum(row["ends_document"] for split in splits.values() for row in split) == 1
+
+
+def test_user_errors(tmp_path):
+    cases = []
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
+    cases.append(("jsonl", "bad.jsonl", {}, r"bad\.jsonl: byte 25 \(line 2\) is not UTF-8"))
+    (tmp_path / "bad.txt").write_bytes(b"ok\n\xff")
+    cases.append(("txt", "bad.txt", {}, r"byte 3 \(line 2\) is not UTF-8"))
+    (tmp_path / "cut.jsonl").write_text('{"text": "ok"}\n{"text": \n')
+    cases.append(("jsonl", "cut.jsonl", {}, r"line 2 is not JSON"))
+    jsonl(tmp_path / "list.jsonl", [1])
+    cases.append(("jsonl", "list.jsonl", {}, r"line 1 is a JSON list"))
+    jsonl(tmp_path / "col.jsonl", {"body": "x", "id": 1})
+    cases.append(("jsonl", "col.jsonl", {}, r"no column text; it has body, id"))
+    cases.append(("jsonl", "col.jsonl", {"column": "id"}, r"found int, expected text"))
+    jsonl(tmp_path / "half.jsonl", {"text": "x"})
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800"}\n')
+    cases.append(("jsonl", "half.jsonl", {}, r"character 1 is half of a surrogate pair"))
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 nothing")
+    cases.append(("parquet", "cut.parquet", {}, r"cannot be read as Parquet"))
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "col.parquet")
+    cases.append(("parquet", "col.parquet", {}, r"no column text; it has body"))
+    (tmp_path / "empty.txt").write_text("")
+    cases.append(("txt", "empty.txt", {}, r"leaves no training text"))
+    for kind, name, extra, message in cases:
+        with pytest.raises(UserError, match=message):
+            build(tmp_path, kind=kind, files={str(tmp_path / name): "x"}, heldout=0.0, **extra)
+        assert not (tmp_path / "corpora/c/manifest.json").exists()
+
+
+def test_hub_data_sets(tmp_path, monkeypatch):
+    import datasets
+
+    rows = [{"prompt": f"text {i}"} for i in range(10)]
+    asked = {}
+
+    def load_dataset(path, **arguments):
+        asked.update(arguments, path=path)
+        if path == "gone":
+            raise datasets.exceptions.DatasetNotFoundError("Dataset 'gone' doesn't exist on the Hub")
+        return iter(rows) if arguments["streaming"] else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = {"kind": "hub", "path": "org/set", "split": "train", "revision": "abc", "column": "prompt", "heldout": 0.0}
+    assert len(build(tmp_path, **hub, streaming=True, sample=4)["train"]) == 4
+    assert asked["revision"] == "abc" and asked["path"] == "org/set"
+    assert len(build(tmp_path, **hub, streaming=False)["train"]) == 10
+    with pytest.raises(UserError, match="gone cannot be loaded"):
+        build(tmp_path, **hub | {"path": "gone"})
+
+
+def test_python_documents_are_real_text():
+    found = python_documents()
+    first = [next(found) for _ in range(3)]
+    assert all(len(text) > 100 and text == text.strip() + "\n" for text in first)
