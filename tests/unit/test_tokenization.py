@@ -206,6 +206,15 @@ def test_templates_are_sandboxed_and_dated_alike():
         load(zoo.save(zoo.byte_level(), template=escape))
 
 
+def test_generation_blocks_and_loop_controls_are_understood():
+    template = "{% for m in messages %}{% if not m.content %}{% continue %}{% endif %}"
+    template += "{% generation %}{{ m.role + ':' + m.content + '\n' }}{% endgeneration %}{% endfor %}"
+    view = load(zoo.save(zoo.byte_level(), template=template))
+    assert (
+        view.join(view.encode_examples([zoo.chat(("user", "x"), ("assistant", "y"))]).ids) == b"user:x\nassistant:y\n"
+    )
+
+
 def test_lossy_tokenizers_are_refused_with_what_was_lost():
     folder = zoo.save(zoo.bert_uncased(), unk_token="[UNK]")
     with pytest.raises(UserError, match="'Hello' comes back as 'hello'"):
