@@ -70,7 +70,7 @@ def parse(module: str, description: str | None, argv: list[str] | None = None) -
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--root", type=Path, required=True, help="folder of all artifacts, such as results/demo")
     parser.add_argument("--manifest", required=True, help="the manifest to write, relative to --root")
-    parser.add_argument("--spec", required=True, help="settings of this stage as JSON")
+    parser.add_argument("--spec", required=True, help="settings of this stage as JSON, or @FILE")
     parser.add_argument("--code", help="code digest that the run was planned with; checked when given")
     parser.add_argument("--lineage", help="identity the artifact will carry; default: computed from spec and code")
     parser.add_argument("--log", type=Path, help="file for all output; without it, the terminal")
@@ -78,9 +78,10 @@ def parse(module: str, description: str | None, argv: list[str] | None = None) -
     if arguments.log:
         _redirect(arguments.log)
     try:
-        spec = json.loads(arguments.spec)
+        text = arguments.spec
+        spec = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
         inputs = spec["inputs"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError('--spec must be a JSON object with an "inputs" object in it.') from None
     actual = code.code_digest(module, *spec.get("code_modules", []))
     if arguments.code and arguments.code != actual:

@@ -7,6 +7,7 @@ environment variable, so that a config or module edited meanwhile changes nothin
 import json
 import os
 import sys
+from base64 import urlsafe_b64encode
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from stages.core.errors import UserError
 from stages.planning import check, expand, plan, sources
 
 PLAN_VARIABLE = "TOKENSTILL_PLAN"
+LONGEST_ARGUMENT = 50_000
+RECORDS = Path(".snakemake/metadata")
 SCHEMA = Path("workflow/schemas/config.schema.yaml")
 
 
@@ -49,7 +52,7 @@ def start(config: dict[str, Any], files: list[str | Path], base: Path) -> Plan:
         path.parent.mkdir(parents=True, exist_ok=True)
         artifact.write_json(path, value)
     os.environ[PLAN_VARIABLE] = str(path.resolve())
-    _set_aside_damaged(made)
+    _set_aside(made)
     return made
 
 
@@ -65,29 +68,44 @@ def resume() -> Plan:
     return Plan(value["root"], plan.from_json(value["nodes"]), value["resources"])
 
 
-def field(node: plan.Node, name: str) -> str:
-    """Return spec (canonical JSON), code or lineage of a node, as the command line takes them."""
-    return specs.canonical(node.spec) if name == "spec" else getattr(node, name)
+def field(made: Plan, manifest: str, name: str) -> str:
+    """Return spec, code or lineage of an artifact as the command line takes them; empty for what is not planned.
+
+    The spec is canonical JSON, or "@file" where it is too long for a command line (128 kB in Linux).
+    """
+    node = made.nodes.get(manifest)
+    if node is None:
+        return ""
+    if name != "spec":
+        return getattr(node, name)
+    text = specs.canonical(node.spec)
+    if len(text) < LONGEST_ARGUMENT:
+        return text
+    path = Path(made.root) / ".plans" / f"{specs.digest(text)}.spec.json"
+    if not path.exists():
+        artifact.write_json(path, node.spec)
+    return f"@{path}"
 
 
-def outdated(made: Plan) -> list[str]:
-    """Return the manifests on disk that carry another identity than planned."""
-    found = []
+def _set_aside(made: Plan) -> None:
+    """Rename the manifests that Snakemake would wrongly trust, so that their artifacts are built again.
+
+    These are artifacts whose files are cut off or missing and, where Snakemake has no record to compare with (a
+    removed .snakemake, results copied from elsewhere), those that carry another identity than planned.
+    """
     for node in made.nodes.values():
         path = Path(made.root) / node.manifest
-        try:
-            if path.exists() and artifact.read_manifest(path)["lineage"] != node.lineage:
-                found.append(str(path))
-        except UserError:
+        if not path.exists():
             continue
-    return found
-
-
-def _set_aside_damaged(made: Plan) -> None:
-    """Rename the manifest of an artifact whose files are cut off or missing, so that it is built again."""
-    for node in made.nodes.values():
-        path = Path(made.root) / node.manifest
-        fault = artifact.damage(path) if path.exists() else None
+        fault = artifact.damage(path)
+        if fault is None and not _is_recorded(path) and artifact.read_manifest(path)["lineage"] != node.lineage:
+            fault = f"{path} was built with other settings, inputs or code"
         if fault:
-            os.replace(path, path.with_name(path.name + ".damaged"))
-            print(f"{fault.split(': run ')[0]}: set aside as {path.name}.damaged and built again.", file=sys.stderr)
+            os.replace(path, path.with_name(f"{path.name}.aside"))
+            print(f"{fault.split(': ')[0]}: set aside as {path.name}.aside and built again.", file=sys.stderr)
+
+
+def _is_recorded(path: Path) -> bool:
+    """Return whether Snakemake remembers what it made `path` from (snakemake/persistence/file.py)."""
+    name = urlsafe_b64encode(str(path).encode()).decode()
+    return (RECORDS / (name if len(name) < 255 else f"@{name[:254]}")).exists()

@@ -25,12 +25,6 @@ NODES = PLAN.nodes
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
 CONDA = workflow.source_path("../../envs/conda.yaml")
 
-if workflow.is_main_process and not workflow.dag_settings.targets:
-    # What carries another identity than planned is built again, even where Snakemake keeps no record of it.
-    workflow.dag_settings.forcerun = frozenset(
-        workflow.dag_settings.forcerun
-    ) | frozenset(run.outdated(PLAN))
-
 
 wildcard_constraints:
     corpus=r"[a-z0-9][a-z0-9._-]*",
@@ -54,11 +48,7 @@ def part_of_plan(manifest):
     """Return the params of the rule that makes `manifest` (a pattern): its identity, as three strings."""
 
     def field(name):
-        def value(wildcards):
-            node = NODES.get(manifest.format(**wildcards))
-            return "" if node is None else run.field(node, name)
-
-        return value
+        return lambda wildcards: run.field(PLAN, manifest.format(**wildcards), name)
 
     return {name: field(name) for name in ("spec", "code", "lineage")}
 

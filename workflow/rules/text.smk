@@ -28,7 +28,7 @@ rule cloze_task:
         unpack(inputs_of("tasks/{task}/manifest.json")),
     output:
         manifest=ROOT + "/tasks/{task}/manifest.json",
-        items=ROOT + "/tasks/{task}/items.jsonl",
+        questions=ROOT + "/tasks/{task}/items.jsonl",
     log:
         ROOT + "/logs/cloze_task/{task}.log",
     conda:
