@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             rows, facts = bits_per_byte(job, model, draft)
         else:
             rows, facts = lm_eval_tasks(job, model, manager, draft)
-        facts |= {"model": {"name": job.spec["model"]["name"]} | model_size(model)}
+        facts["model"] = model_size(model)
         write_json(draft.folder / "results.json", facts | {"results": rows})
         draft.metrics |= {key: value for key, value in facts.items() if key != "model"} | {"results": rows}
 
@@ -78,9 +78,8 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
         raise UserError(f"Tokenizer {view.name} has neither a bos nor an eos token: the first token cannot be scored.")
     name, lengths = job.spec["model"]["name"], np.diff(batch.offsets)
     longest = int(lengths.argmax())
-    check_length(
-        model, int(lengths[longest]), examples["bytes"][longest].as_py(), name, examples["example_id"][longest].as_py()
-    )
+    largest, where = examples["bytes"][longest].as_py(), examples["example_id"][longest].as_py()
+    check_length(model, name, longest=int(lengths[longest]), longest_bytes=largest, example=where)
     head = find_head(model, view.vocab_size, name, view.name)
     bits = token_bits(model, head, batch.ids, batch.offsets, scored, BATCH_TOKENS)
     per_example = np.add.reduceat(np.append(bits, 0.0), batch.offsets[:-1])

@@ -7,6 +7,8 @@ from typing import Any
 from stages.core.artifact import read_manifest
 from stages.core.errors import UserError
 
+LINES = 40  # of a history that are shown
+
 
 def find_manifest(path: Path) -> tuple[Path | None, Path | None]:
     """Return (manifest, file): the manifest that `path` is or belongs to, and the data file when it names one.
@@ -86,7 +88,7 @@ def chain(manifest: dict[str, Any]) -> list[str]:
             lines.append(f"{'  ' * depth}… and {len(entries) - 8} more")
 
     visit(manifest, 1)
-    return lines
+    return lines if len(lines) <= LINES else [*lines[:LINES], f"  … {len(lines) - LINES} more lines"]
 
 
 def run_facts(manifest_path: Path) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def shorten(text: str, width: int = WIDTH) -> str:
 
 def readable(content: bytes) -> str:
     """Return bytes as quoted text; whitespace and what is no UTF-8 as escapes."""
-    return '"' + content.decode("utf-8", "backslashreplace").replace("\n", "\\n").replace("\t", "\\t") + '"'
+    text = content.decode("utf-8", "backslashreplace")
+    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) + '"'
 
 
 def size(count: int) -> str:

@@ -14,6 +14,7 @@ from stages.artifacts.schemas import SCORES, TASK_SAMPLES
 from stages.artifacts.tables import read_table
 from stages.core.artifact import data_path
 
+AS_IT_IS = "as it is"  # the method of a model that no experiment made
 Z = 1.959964  # of a 95 % normal interval
 
 SUMMARY = pa.schema(
@@ -80,7 +81,7 @@ def summary_rows(evaluations: list[dict[str, Any]], experiments: list[dict[str, 
             "model": name,
             "label": labels.get(name, name),
             "story": (entry.get("story") or "") if entry else "",
-            "method": method_of(entry) if entry else "as it is",
+            "method": method_of(entry) if entry else AS_IT_IS,
             "seed": entry.get("seed") if entry else None,
             "suite": suite,
         }

@@ -10,6 +10,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette without black and yellow: distinguishable with colour blindness, legible on white and black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#7f7f7f")
@@ -71,9 +72,10 @@ def bits_per_byte_bars(rows: list[dict[str, Any]], baselines: list[dict[str, Any
             for number, row in enumerate(baselines):
                 style = {"color": COLOURS[-1 - number % 3], "linestyle": (0, (4, 2)), "linewidth": 1.2}
                 axis.axvline(row["value"], label=row["label"], **style)
-        values = [row["value"] for row in rows + baselines]
-        spread = max(max(values) - min(values), 1e-3)
-        axes[0, 0].set_xlim(max(0.0, min(values) - 0.35 * spread), max(values) + 0.35 * spread)
+        ends = [row["value"] + side * 1.959964 * (row["stderr"] or 0.0) for row in rows for side in (-1, 1)]
+        ends += [row["value"] for row in baselines]
+        margin = 0.06 * max(max(ends) - min(ends), 1e-3)
+        axes[0, 0].set_xlim(max(0.0, min(ends) - margin), max(ends) + margin)
         axes[-1, 0].set_xlabel("bits per byte of held-out text (lower is better), 95 % interval over documents")
         if baselines:
             figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -194,6 +196,8 @@ def distance_histogram(distances: dict[str, dict[int, int]]) -> Figure:
             axis.bar(list(counts), list(counts.values()), color=COLOURS[0])
             axis.set_title(name)
             axis.set_xlabel("edit distance in bytes")
+            axis.set_xlim(min(0.4, min(counts) - 0.6), max(5, *counts) + 0.6)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(visible=False, axis="x")
         axes[0, 0].set_ylabel("student tokens")
     return figure

@@ -7,6 +7,7 @@ from stages.summary.collect import without_seed
 
 NAMES = {"bits_per_byte": "bits per byte", "acc": "accuracy", "acc_norm": "length-normalised accuracy"}
 ORDER = ("bits_per_byte", "acc_norm", "acc")
+FEWEST = 6  # below, a sign test cannot reach 5 %
 
 
 def metric_name(metric: str) -> str:
@@ -76,10 +77,16 @@ def sentence(row: dict[str, Any], label: Callable[[str], str]) -> str:
     values = f"{label(row['a'])}: {row['value_a']:.3f} {metric_name(row['metric'])}, against {row['value_b']:.3f} for "
     values += f"{label(row['b'])}{over}"
     if row["verdict"] == "within noise":
-        interval = f"95 % interval {row['low']:+.3f} to {row['high']:+.3f}"
-        return f"{values}. The difference of {row['difference']:+.3f} is within noise ({interval})."
+        interval = f"95 % interval {number(row['low'], '+')} to {number(row['high'], '+')}"
+        few = f"; {row['n']} documents are too few to tell" if row["n"] < FEWEST else ""
+        return f"{values}. The difference of {number(row['difference'], '+')} is within noise ({interval}{few})."
     low, high = sorted((abs(row["low"]), abs(row["high"])))
-    gain = f"{abs(row['difference']):.3f} (95 % interval {low:.3f} to {high:.3f})"
+    gain = f"{number(abs(row['difference']))} (95 % interval {number(low)} to {number(high)})"
     verb = {"a": "improves it by", "b": "worsens it by"}[row["better"]]
     who = {"control": "The teacher's signal", "start": "Training", "asked": "This"}[row["kind"]]
     return f"{values}. {who} {verb} {gain}."
+
+
+def number(value: float, sign: str = "") -> str:
+    """Return three decimals, or two significant digits where those would hide the value."""
+    return format(value, f"{sign}.3f" if value == 0 or abs(value) >= 0.01 else f"{sign}.2g")

@@ -12,15 +12,17 @@ from stages.core.errors import UserError
 from stages.inspection.origin import run_facts
 from stages.inspection.text import size
 from stages.summary import collect, graph, headline
+from stages.summary.collect import AS_IT_IS
 
-ALIGNMENTS, TOKENS = 4, 48  # examples drawn per pair, tokens drawn per side
+SIDES = ("teacher", "student")
+ALIGNMENTS, TOKENS = 4, 60  # examples drawn per pair, tokens drawn per side, to the end of a chunk
 CAPTIONS = {
     "bars": "Bits per byte of held-out text with 95 % intervals over documents; dashed lines are models as they are. "
     "The intervals of paired differences, which decide above, are narrower: all models read the same documents.",
     "compute": "Quality against cost: bits per byte and the forward FLOPs a model spends on a byte of text.",
     "learning-curves": "Learning curves of the trained experiments.",
     "fertility": "Bytes per token of both tokenizers on the same text; longer tokens mean fewer steps.",
-    "mapping-distance": "How far mined student tokens are from the teacher tokens that stand for them; exact matches aside.",
+    "mapping-distance": "How far mined student tokens are from their teacher tokens; exact matches aside.",
 }
 
 
@@ -106,7 +108,7 @@ def result_table(
         }
     stories = defaultdict(list)
     for line in models.values():
-        stories[line["story"]].append(line)
+        stories[line["story"] or ("" if line["method"] == AS_IT_IS else "Experiments")].append(line)
     heads = [{"suite": suite, "task": task, "metric": headline.metric_name(metric)} for suite, task, metric in columns]
     ordered = sorted(stories, key=lambda story: (story == "", list(stories).index(story)))
     return {
@@ -125,13 +127,10 @@ def comparison_rows(comparisons: list[dict[str, Any]], label: Any) -> list[dict[
 
 
 def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return {teacher, student, corpus, facts, alignments} of one tokenizer pair on one corpus."""
+    """Return {teacher, student, corpus, sides, overlap, chunks, alignments} of one tokenizer pair on one corpus."""
     teacher, student, _, corpus = Path(manifest["name"]).parts[-5:-1]
     values = json.loads(data_path(manifest, "summary.json").read_text(encoding="utf-8"))
-    sides = {side: flat(values["sides"][side]) for side in ("teacher", "student")}
-    shared = flat({key: value for key, value in values.items() if key != "sides"})
-    keys = dict.fromkeys([*sides["teacher"], *sides["student"]])
-    facts = [(key, sides["teacher"].get(key), sides["student"].get(key)) for key in keys]
+    sides = values["sides"]
     drawn = []
     if "alignments.json" in manifest["data"]:
         examples = json.loads(data_path(manifest, "alignments.json").read_text(encoding="utf-8"))
@@ -140,32 +139,26 @@ def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
         "teacher": teacher,
         "student": student,
         "corpus": corpus,
-        "facts": facts,
-        "shared": list(shared.items()),
+        "sides": [(words(key), value, sides["student"].get(key)) for key, value in sides["teacher"].items()],
+        "overlap": [(words(key), value) for key, value in values.get("overlap", {}).items()],
+        "chunks": [
+            (kind, facts["chunks"], facts["bytes_per_chunk"], list(facts["shares"].items()))
+            for kind, facts in values.get("chunks", {}).items()
+        ],
         "alignments": drawn,
     }
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the numbers and short texts of nested settings under names with spaces."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            found |= flat(value, f"{name} ")
-        elif isinstance(value, int | float | str):
-            found[name] = value
-    return found
+def words(key: str) -> str:
+    """Return a key as words."""
+    return key.replace("_", " ")
 
 
 def chunks(example: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return columns {chunk, teacher, student} of one alignment, in order; chunk -1 is text without one."""
+    """Return columns {chunk, teacher, student} of the beginning of one alignment; chunk -1 is text without one."""
     columns: list[dict[str, Any]] = []
-    sides = {
-        side: list(zip(example[side]["tokens"], example[side]["chunks"], strict=True))[:TOKENS]
-        for side in ("teacher", "student")
-    }
-    places = {"teacher": 0, "student": 0}
+    sides = {side: list(zip(example[side]["tokens"], example[side]["chunks"], strict=True)) for side in SIDES}
+    places = dict.fromkeys(SIDES, 0)
 
     def take(side: str, chunk: int) -> list[str]:
         taken = []
@@ -174,10 +167,11 @@ def chunks(example: dict[str, Any]) -> list[dict[str, Any]]:
             places[side] += 1
         return taken
 
-    while any(places[side] < len(sides[side]) for side in sides):
-        following = [sides[side][places[side]][1] for side in sides if places[side] < len(sides[side])]
-        chunk = min(following)
-        columns.append({"chunk": chunk} | {side: take(side, chunk) for side in sides})
+    while max(places.values()) < TOKENS:
+        following = [sides[side][places[side]][1] for side in SIDES if places[side] < len(sides[side])]
+        if not following:
+            break
+        columns.append({"chunk": min(following)} | {side: take(side, min(following)) for side in SIDES})
     return columns
 
 

@@ -115,6 +115,7 @@ def statistics_files():
         "bytes": 174000,
         "sides": sides,
         "overlap": {"tokens": 731, "share_of_teacher_vocabulary": 0.36},
+        "chunks": {"unconstrained": {"chunks": 9, "bytes_per_chunk": 4.1, "shares": {"1-1": 0.5, "n-m": None}}},
     }
     return {"summary.json": summary, "alignments.json": [alignment] * 3}
 
@@ -246,6 +247,14 @@ def test_interval_covers_the_truth():
     assert 50 <= hits <= 60
 
 
+def test_few_documents_are_noise():
+    values, sizes = np.array([[-1.0, -1.01, -0.99, -1.0]]), np.ones((1, 4))
+    few = bootstrap.ratio(values, sizes, bootstrap.named_generator(0, "x"))
+    assert few.high < 0 and few.p == 0.125 and few.verdict == "within noise"
+    many = bootstrap.ratio(np.tile(values, 3), np.ones((1, 12)), bootstrap.named_generator(0, "x"))
+    assert many.verdict == "difference"
+
+
 def test_bootstrap_is_seeded_and_p_agrees_with_the_interval():
     values, sizes = np.linspace(-1, 1.6, 30)[None], np.ones((1, 30))
     one, two = (bootstrap.ratio(values, sizes, bootstrap.named_generator(0, "x")) for _ in range(2))
@@ -321,7 +330,15 @@ def test_headline_sentences():
         "value_a": 2.0,
         "value_b": 2.1,
     }
-    row |= {"difference": -0.1, "low": -0.15, "high": -0.05, "seeds": 1, "better": "a", "verdict": "difference"}
+    row |= {
+        "n": 40,
+        "difference": -0.1,
+        "low": -0.15,
+        "high": -0.05,
+        "seeds": 1,
+        "better": "a",
+        "verdict": "difference",
+    }
     text = headline.sentence(row, str.upper)
     assert text.startswith(
         "X: 2.000 bits per byte, against 2.100 for Y. The teacher's signal improves it by 0.100 (95 %"
