@@ -38,6 +38,7 @@ def start(config: dict[str, Any], files: list[str | Path], base: Path) -> Plan:
     """
     import yaml
 
+    _prefer_this_python()
     check.refuse_duplicate_keys([Path(file) for file in files])
     schema = yaml.safe_load((base / SCHEMA).read_text(encoding="utf-8"))
     full = expand.expand(config, schema)
@@ -58,6 +59,7 @@ def start(config: dict[str, Any], files: list[str | Path], base: Path) -> Plan:
 
 def resume() -> Plan:
     """Return the plan that the main process wrote."""
+    _prefer_this_python()
     try:
         value = json.loads(Path(os.environ[PLAN_VARIABLE]).read_text(encoding="utf-8"))
     except (KeyError, OSError, ValueError) as error:
@@ -69,13 +71,13 @@ def resume() -> Plan:
 
 
 def field(made: Plan, manifest: str, name: str) -> str:
-    """Return spec, code or lineage of an artifact as the command line takes them; empty for what is not planned.
+    """Return root, spec, code or lineage of an artifact as the command line takes them; empty for what is not planned.
 
     The spec is canonical JSON, or "@file" where it is too long for a command line (128 kB in Linux).
     """
     node = made.nodes.get(manifest)
-    if node is None:
-        return ""
+    if name == "root" or node is None:
+        return made.root if name == "root" else ""
     if name != "spec":
         return getattr(node, name)
     text = specs.canonical(node.spec)
@@ -109,3 +111,8 @@ def _is_recorded(path: Path) -> bool:
     """Return whether Snakemake remembers what it made `path` from (snakemake/persistence/file.py)."""
     name = urlsafe_b64encode(str(path).encode()).decode()
     return (RECORDS / (name if len(name) < 255 else f"@{name[:254]}")).exists()
+
+
+def _prefer_this_python() -> None:
+    """Make `python` in a rule the one that runs Snakemake; conda and containers put theirs before it."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

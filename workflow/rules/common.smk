@@ -1,8 +1,6 @@
-# What all rules share: the plan of this run, and how a rule finds its part of it.
+# What all rules share: the plan of this run, and how each rule finds its part.
 
-import os
 import re
-import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -21,9 +19,11 @@ except UserError as error:
 
 ROOT = PLAN.root
 NODES = PLAN.nodes
-# With conda or a container the job finds its own python; otherwise this one is right.
-PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
 CONDA = workflow.source_path("../../envs/conda.yaml")
+
+
+pathvars:
+    root=ROOT,
 
 
 wildcard_constraints:
@@ -45,16 +45,16 @@ envvars:
 
 
 def part_of_plan(manifest):
-    """Return the params of the rule that makes `manifest` (a pattern): its identity, as three strings."""
+    """Return the params that identify the artifact of `manifest` (a pattern), as strings."""
 
     def field(name):
         return lambda wildcards: run.field(PLAN, manifest.format(**wildcards), name)
 
-    return {name: field(name) for name in ("spec", "code", "lineage")}
+    return {name: field(name) for name in ("root", "spec", "code", "lineage")}
 
 
 def inputs_of(manifest):
-    """Return the input function of the rule that makes `manifest` (a pattern).
+    """Return the input function for the artifact of `manifest` (a pattern).
 
     Manifests are ordinary inputs: small, so compared by content. Data must exist but never triggers by its time.
     """
@@ -62,17 +62,12 @@ def inputs_of(manifest):
     def files(wildcards):
         node = NODES.get(manifest.format(**wildcards))
         if node is None:
-            raise WorkflowError(
-                f"{ROOT}/{manifest.format(**wildcards)} is no part of this config."
-            )
+            raise WorkflowError(f"{ROOT}/{manifest.format(**wildcards)} is no part of this config.")
         upstream = [NODES[name] for name in node.inputs]
         return {
             "manifests": [f"{ROOT}/{node.manifest}" for node in upstream],
             "data": [
-                ancient(path)
-                for node in upstream
-                for path in files_of(node)
-                if path != f"{ROOT}/{node.manifest}"
+                ancient(path) for node in upstream for path in files_of(node) if path != f"{ROOT}/{node.manifest}"
             ],
         }
 
@@ -80,37 +75,28 @@ def inputs_of(manifest):
 
 
 def files_of(node):
-    """Return the files that the rule of a node declares, its manifest among them."""
+    """Return the declared files of a node, its manifest among them."""
     output = getattr(rules, node.stage).output
-    values = re.fullmatch(
-        regex_from_filepattern(str(output.manifest)), f"{ROOT}/{node.manifest}"
-    ).groupdict()
+    values = re.fullmatch(regex_from_filepattern(str(output.manifest)), f"{ROOT}/{node.manifest}").groupdict()
     return [str(pattern).format(**values) for pattern in output]
 
 
 def everything(*stages):
     """Return all files of all artifacts, or of those stages."""
-    return [
-        path
-        for node in NODES.values()
-        if not stages or node.stage in stages
-        for path in files_of(node)
-    ]
+    return [path for node in NODES.values() if not stages or node.stage in stages for path in files_of(node)]
 
 
 def resource(stage, name):
     """Return what a job of `stage` may use: from the config's `resources`, else the default below."""
-    return PLAN.resources.get(stage, {}).get(
-        name, RESOURCES.get(stage, {}).get(name, RESOURCES["default"][name])
-    )
+    return PLAN.resources.get(stage, {}).get(name, RESOURCES.get(stage, {}).get(name, RESOURCES["default"][name]))
 
 
 def launcher(stage):
     """Return the command in front of a training stage: one process for each of the job's GPUs."""
     processes = resource(stage, "gpu")
     if processes > 1:
-        return f"{PYTHON} -m accelerate.commands.launch --multi_gpu --num_processes {processes} --module "
-    return f"{PYTHON} -m "
+        return f"accelerate launch --multi_gpu --num_processes {processes} --module"
+    return "python -m"
 
 
 # Memory in MB, runtime in minutes. Configs change these under `resources`, profiles with set-resources.
@@ -124,5 +110,3 @@ RESOURCES = {
     "distill": {"threads": 2, "mem_mb": 32000, "runtime": 1440},
     "evaluate": {"threads": 2, "mem_mb": 16000, "runtime": 240},
 }
-
-ACCELERATE = {stage: launcher(stage) for stage in ("pretrain", "distill")}

@@ -5,11 +5,11 @@ rule evaluate:
     input:
         unpack(inputs_of("evaluations/{model}/{suite}/manifest.json")),
     output:
-        manifest=ROOT + "/evaluations/{model}/{suite}/manifest.json",
-        results=ROOT + "/evaluations/{model}/{suite}/results.json",
-        samples=ROOT + "/evaluations/{model}/{suite}/samples.parquet",
+        manifest="<root>/evaluations/{model}/{suite}/manifest.json",
+        results="<root>/evaluations/{model}/{suite}/results.json",
+        samples="<root>/evaluations/{model}/{suite}/samples.parquet",
     log:
-        ROOT + "/logs/evaluate/{model}/{suite}.log",
+        "<root>/logs/evaluate/{model}/{suite}.log",
     conda:
         CONDA
     threads: resource("evaluate", "threads")
@@ -20,7 +20,7 @@ rule evaluate:
     params:
         **part_of_plan("evaluations/{model}/{suite}/manifest.json"),
     shell:
-        "{PYTHON} -m stages.evaluate --root {ROOT} --manifest evaluations/{wildcards.model}/{wildcards.suite}/manifest.json "
+        "python -m stages.evaluate --root {params.root} --manifest evaluations/{wildcards.model}/{wildcards.suite}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 
@@ -28,10 +28,10 @@ rule summarize:
     input:
         unpack(inputs_of("summary/manifest.json")),
     output:
-        manifest=ROOT + "/summary/manifest.json",
-        summary=ROOT + "/summary/summary.parquet",
+        manifest="<root>/summary/manifest.json",
+        summary="<root>/summary/summary.parquet",
     log:
-        ROOT + "/logs/summarize.log",
+        "<root>/logs/summarize.log",
     localrule: True
     conda:
         CONDA
@@ -42,7 +42,7 @@ rule summarize:
     params:
         **part_of_plan("summary/manifest.json"),
     shell:
-        "{PYTHON} -m stages.summarize --root {ROOT} --manifest summary/manifest.json "
+        "python -m stages.summarize --root {params.root} --manifest summary/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 
@@ -50,10 +50,10 @@ rule report:
     input:
         unpack(inputs_of("report.manifest.json")),
     output:
-        manifest=ROOT + "/report.manifest.json",
-        report=ROOT + "/report.html",
+        manifest="<root>/report.manifest.json",
+        report="<root>/report.html",
     log:
-        ROOT + "/logs/report.log",
+        "<root>/logs/report.log",
     localrule: True
     conda:
         CONDA
@@ -64,5 +64,5 @@ rule report:
     params:
         **part_of_plan("report.manifest.json"),
     shell:
-        "{PYTHON} -m stages.report --root {ROOT} --manifest report.manifest.json "
+        "python -m stages.report --root {params.root} --manifest report.manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"

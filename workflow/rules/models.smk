@@ -5,11 +5,11 @@ rule pretrain:
     input:
         unpack(inputs_of("models/{model}/manifest.json")),
     output:
-        manifest=ROOT + "/models/{model}/manifest.json",
-        weights=ROOT + "/models/{model}/model.safetensors",
-        metrics=ROOT + "/models/{model}/metrics.jsonl",
+        manifest="<root>/models/{model}/manifest.json",
+        weights="<root>/models/{model}/model.safetensors",
+        metrics="<root>/models/{model}/metrics.jsonl",
     log:
-        ROOT + "/logs/pretrain/{model}.log",
+        "<root>/logs/pretrain/{model}.log",
     conda:
         CONDA
     threads: resource("pretrain", "threads")
@@ -17,10 +17,11 @@ rule pretrain:
         mem_mb=resource("pretrain", "mem_mb"),
         runtime=resource("pretrain", "runtime"),
         gpu=resource("pretrain", "gpu"),
+        launcher=launcher("pretrain"),
     params:
         **part_of_plan("models/{model}/manifest.json"),
     shell:
-        "{ACCELERATE[pretrain]}stages.pretrain --root {ROOT} --manifest models/{wildcards.model}/manifest.json "
+        "{resources.launcher} stages.pretrain --root {params.root} --manifest models/{wildcards.model}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 
@@ -28,12 +29,11 @@ rule initialize:
     input:
         unpack(inputs_of("initialized/{model}/{tokenizer}/{variant}/manifest.json")),
     output:
-        manifest=ROOT + "/initialized/{model}/{tokenizer}/{variant}/manifest.json",
-        weights=ROOT + "/initialized/{model}/{tokenizer}/{variant}/model.safetensors",
-        provenance=ROOT
-        + "/initialized/{model}/{tokenizer}/{variant}/provenance.parquet",
+        manifest="<root>/initialized/{model}/{tokenizer}/{variant}/manifest.json",
+        weights="<root>/initialized/{model}/{tokenizer}/{variant}/model.safetensors",
+        provenance="<root>/initialized/{model}/{tokenizer}/{variant}/provenance.parquet",
     log:
-        ROOT + "/logs/initialize/{model}/{tokenizer}/{variant}.log",
+        "<root>/logs/initialize/{model}/{tokenizer}/{variant}.log",
     conda:
         CONDA
     threads: resource("initialize", "threads")
@@ -43,5 +43,5 @@ rule initialize:
     params:
         **part_of_plan("initialized/{model}/{tokenizer}/{variant}/manifest.json"),
     shell:
-        "{PYTHON} -m stages.initialize --root {ROOT} --manifest initialized/{wildcards.model}/{wildcards.tokenizer}/{wildcards.variant}/manifest.json "
+        "python -m stages.initialize --root {params.root} --manifest initialized/{wildcards.model}/{wildcards.tokenizer}/{wildcards.variant}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"

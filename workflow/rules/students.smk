@@ -5,11 +5,11 @@ rule distill:
     input:
         unpack(inputs_of("students/{experiment}/manifest.json")),
     output:
-        manifest=ROOT + "/students/{experiment}/manifest.json",
-        weights=ROOT + "/students/{experiment}/model.safetensors",
-        metrics=ROOT + "/students/{experiment}/metrics.jsonl",
+        manifest="<root>/students/{experiment}/manifest.json",
+        weights="<root>/students/{experiment}/model.safetensors",
+        metrics="<root>/students/{experiment}/metrics.jsonl",
     log:
-        ROOT + "/logs/distill/{experiment}.log",
+        "<root>/logs/distill/{experiment}.log",
     conda:
         CONDA
     threads: resource("distill", "threads")
@@ -17,8 +17,9 @@ rule distill:
         mem_mb=resource("distill", "mem_mb"),
         runtime=resource("distill", "runtime"),
         gpu=resource("distill", "gpu"),
+        launcher=launcher("distill"),
     params:
         **part_of_plan("students/{experiment}/manifest.json"),
     shell:
-        "{ACCELERATE[distill]}stages.distill --root {ROOT} --manifest students/{wildcards.experiment}/manifest.json "
+        "{resources.launcher} stages.distill --root {params.root} --manifest students/{wildcards.experiment}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"

@@ -5,10 +5,10 @@ rule teacher_signals:
     input:
         unpack(inputs_of("teachers/{teacher}/{corpus}/part-{shard}.manifest.json")),
     output:
-        manifest=ROOT + "/teachers/{teacher}/{corpus}/part-{shard}.manifest.json",
-        signals=ROOT + "/teachers/{teacher}/{corpus}/part-{shard}.parquet",
+        manifest="<root>/teachers/{teacher}/{corpus}/part-{shard}.manifest.json",
+        signals="<root>/teachers/{teacher}/{corpus}/part-{shard}.parquet",
     log:
-        ROOT + "/logs/teacher_signals/{teacher}/{corpus}/{shard}.log",
+        "<root>/logs/teacher_signals/{teacher}/{corpus}/{shard}.log",
     conda:
         CONDA
     threads: resource("teacher_signals", "threads")
@@ -19,7 +19,7 @@ rule teacher_signals:
     params:
         **part_of_plan("teachers/{teacher}/{corpus}/part-{shard}.manifest.json"),
     shell:
-        "{PYTHON} -m stages.teacher_signals --root {ROOT} --manifest teachers/{wildcards.teacher}/{wildcards.corpus}/part-{wildcards.shard}.manifest.json "
+        "python -m stages.teacher_signals --root {params.root} --manifest teachers/{wildcards.teacher}/{wildcards.corpus}/part-{wildcards.shard}.manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 
@@ -27,10 +27,10 @@ rule teacher_index:
     input:
         unpack(inputs_of("teachers/{teacher}/{corpus}/manifest.json")),
     output:
-        manifest=ROOT + "/teachers/{teacher}/{corpus}/manifest.json",
-        shards=ROOT + "/teachers/{teacher}/{corpus}/shards.json",
+        manifest="<root>/teachers/{teacher}/{corpus}/manifest.json",
+        shards="<root>/teachers/{teacher}/{corpus}/shards.json",
     log:
-        ROOT + "/logs/teacher_index/{teacher}/{corpus}.log",
+        "<root>/logs/teacher_index/{teacher}/{corpus}.log",
     localrule: True
     conda:
         CONDA
@@ -41,5 +41,5 @@ rule teacher_index:
     params:
         **part_of_plan("teachers/{teacher}/{corpus}/manifest.json"),
     shell:
-        "{PYTHON} -m stages.teacher_index --root {ROOT} --manifest teachers/{wildcards.teacher}/{wildcards.corpus}/manifest.json "
+        "python -m stages.teacher_index --root {params.root} --manifest teachers/{wildcards.teacher}/{wildcards.corpus}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"

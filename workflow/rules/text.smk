@@ -5,11 +5,11 @@ rule corpus:
     input:
         unpack(inputs_of("corpora/{corpus}/manifest.json")),
     output:
-        manifest=ROOT + "/corpora/{corpus}/manifest.json",
-        train=ROOT + "/corpora/{corpus}/train.parquet",
-        heldout=ROOT + "/corpora/{corpus}/heldout.parquet",
+        manifest="<root>/corpora/{corpus}/manifest.json",
+        train="<root>/corpora/{corpus}/train.parquet",
+        heldout="<root>/corpora/{corpus}/heldout.parquet",
     log:
-        ROOT + "/logs/corpus/{corpus}.log",
+        "<root>/logs/corpus/{corpus}.log",
     conda:
         CONDA
     threads: resource("corpus", "threads")
@@ -19,7 +19,7 @@ rule corpus:
     params:
         **part_of_plan("corpora/{corpus}/manifest.json"),
     shell:
-        "{PYTHON} -m stages.corpus --root {ROOT} --manifest corpora/{wildcards.corpus}/manifest.json "
+        "python -m stages.corpus --root {params.root} --manifest corpora/{wildcards.corpus}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 
@@ -27,10 +27,10 @@ rule cloze_task:
     input:
         unpack(inputs_of("tasks/{task}/manifest.json")),
     output:
-        manifest=ROOT + "/tasks/{task}/manifest.json",
-        questions=ROOT + "/tasks/{task}/items.jsonl",
+        manifest="<root>/tasks/{task}/manifest.json",
+        questions="<root>/tasks/{task}/items.jsonl",
     log:
-        ROOT + "/logs/cloze_task/{task}.log",
+        "<root>/logs/cloze_task/{task}.log",
     conda:
         CONDA
     threads: resource("cloze_task", "threads")
@@ -40,5 +40,5 @@ rule cloze_task:
     params:
         **part_of_plan("tasks/{task}/manifest.json"),
     shell:
-        "{PYTHON} -m stages.cloze_task --root {ROOT} --manifest tasks/{wildcards.task}/manifest.json "
+        "python -m stages.cloze_task --root {params.root} --manifest tasks/{wildcards.task}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"

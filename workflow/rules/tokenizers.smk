@@ -5,11 +5,11 @@ rule tokenizer:
     input:
         unpack(inputs_of("tokenizers/{tokenizer}/manifest.json")),
     output:
-        manifest=ROOT + "/tokenizers/{tokenizer}/manifest.json",
-        tokenizer=ROOT + "/tokenizers/{tokenizer}/tokenizer.json",
-        tokens=ROOT + "/tokenizers/{tokenizer}/tokens.parquet",
+        manifest="<root>/tokenizers/{tokenizer}/manifest.json",
+        tokenizer="<root>/tokenizers/{tokenizer}/tokenizer.json",
+        tokens="<root>/tokenizers/{tokenizer}/tokens.parquet",
     log:
-        ROOT + "/logs/tokenizer/{tokenizer}.log",
+        "<root>/logs/tokenizer/{tokenizer}.log",
     conda:
         CONDA
     threads: resource("tokenizer", "threads")
@@ -19,26 +19,19 @@ rule tokenizer:
     params:
         **part_of_plan("tokenizers/{tokenizer}/manifest.json"),
     shell:
-        "{PYTHON} -m stages.tokenizer --root {ROOT} --manifest tokenizers/{wildcards.tokenizer}/manifest.json "
+        "python -m stages.tokenizer --root {params.root} --manifest tokenizers/{wildcards.tokenizer}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 
 rule tokenizer_stats:
     input:
-        unpack(
-            inputs_of(
-                "tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/manifest.json"
-            )
-        ),
+        unpack(inputs_of("tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/manifest.json")),
     output:
-        manifest=ROOT
-        + "/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/manifest.json",
-        counts=ROOT
-        + "/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/counts.parquet",
-        summary=ROOT
-        + "/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/summary.json",
+        manifest="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/manifest.json",
+        counts="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/counts.parquet",
+        summary="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/summary.json",
     log:
-        ROOT + "/logs/tokenizer_stats/{teacher_tokenizer}/{tokenizer}/{corpus}.log",
+        "<root>/logs/tokenizer_stats/{teacher_tokenizer}/{tokenizer}/{corpus}.log",
     conda:
         CONDA
     threads: resource("tokenizer_stats", "threads")
@@ -46,28 +39,20 @@ rule tokenizer_stats:
         mem_mb=resource("tokenizer_stats", "mem_mb"),
         runtime=resource("tokenizer_stats", "runtime"),
     params:
-        **part_of_plan(
-            "tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/manifest.json"
-        ),
+        **part_of_plan("tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/manifest.json"),
     shell:
-        "{PYTHON} -m stages.tokenizer_stats --root {ROOT} --manifest tokenizer_pairs/{wildcards.teacher_tokenizer}/{wildcards.tokenizer}/statistics/{wildcards.corpus}/manifest.json "
+        "python -m stages.tokenizer_stats --root {params.root} --manifest tokenizer_pairs/{wildcards.teacher_tokenizer}/{wildcards.tokenizer}/statistics/{wildcards.corpus}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 
 rule mined_mapping:
     input:
-        unpack(
-            inputs_of(
-                "tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/manifest.json"
-            )
-        ),
+        unpack(inputs_of("tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/manifest.json")),
     output:
-        manifest=ROOT
-        + "/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/manifest.json",
-        mapping=ROOT
-        + "/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/mapping.parquet",
+        manifest="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/manifest.json",
+        mapping="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/mapping.parquet",
     log:
-        ROOT + "/logs/mined_mapping/{teacher_tokenizer}/{tokenizer}.log",
+        "<root>/logs/mined_mapping/{teacher_tokenizer}/{tokenizer}.log",
     conda:
         CONDA
     threads: resource("mined_mapping", "threads")
@@ -75,9 +60,7 @@ rule mined_mapping:
         mem_mb=resource("mined_mapping", "mem_mb"),
         runtime=resource("mined_mapping", "runtime"),
     params:
-        **part_of_plan(
-            "tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/manifest.json"
-        ),
+        **part_of_plan("tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/manifest.json"),
     shell:
-        "{PYTHON} -m stages.mined_mapping --root {ROOT} --manifest tokenizer_pairs/{wildcards.teacher_tokenizer}/{wildcards.tokenizer}/mapping/manifest.json "
+        "python -m stages.mined_mapping --root {params.root} --manifest tokenizer_pairs/{wildcards.teacher_tokenizer}/{wildcards.tokenizer}/mapping/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
