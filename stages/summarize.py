@@ -64,7 +64,7 @@ def draw(job: stage.Job, rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def compute_points(job: stage.Job, rows: list[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
     """Return {label, story, flops, value, stderr} of each model of a bits-per-byte suite."""
-    from stages.summary.collect import place_of, results_of
+    from stages.summary.collect import AS_IT_IS, place_of, results_of
 
     flops = {
         place_of(evaluation)[0]: results_of(evaluation)["forward_flops_per_byte"]
@@ -72,7 +72,9 @@ def compute_points(job: stage.Job, rows: list[dict[str, Any]], suite: str) -> li
         if place_of(evaluation)[1] == suite
     }
     return [
-        {key: row[key] for key in ("label", "story", "value", "stderr")} | {"flops": flops[row["model"]]}
+        {key: row[key] for key in ("label", "value", "stderr")}
+        | {"story": row["story"] or (AS_IT_IS if row["method"] == AS_IT_IS else "experiments")}
+        | {"flops": flops[row["model"]]}
         for row in rows
     ]
 

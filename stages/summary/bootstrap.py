@@ -21,7 +21,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Return "difference" when the interval excludes zero and there are units enough to tell, else "within noise"."""
+        """Return "difference" when the interval excludes zero and the units are enough to tell, else "within noise"."""
         return "difference" if (self.low > 0 or self.high < 0) and self.p <= 1 - LEVEL else "within noise"
 
 

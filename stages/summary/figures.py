@@ -110,40 +110,36 @@ def compute_scatter(points: list[dict[str, Any]]) -> Figure:
                 capsize=3,
                 label=story or "models",
             )
-        axis.set_xscale("log")
+        flops = [point["flops"] for point in points]
+        if max(flops) > 3 * min(flops):
+            axis.set_xscale("log")
         axis.margins(x=0.35)
-        _label_points(axis, points)
+        _label_points(axis, points, height=240)
         axis.set_xlabel("forward FLOPs per byte of text")
         axis.set_ylabel("bits per byte")
         axis.legend()
     return figure
 
 
-def _label_points(axis: Axes, points: list[dict[str, Any]]) -> None:
-    """Write each label to the right of its point, moved up where labels of one column would touch."""
+def _label_points(axis: Axes, points: list[dict[str, Any]], height: float) -> None:
+    """Write labels right of their points, moved up where two would touch; `height` of the axis in points."""
     bottom, top = axis.get_ylim()
-    least = (top - bottom) / 24
     columns: dict[str, list[dict[str, Any]]] = {}
     for point in sorted(points, key=lambda point: point["value"]):
         columns.setdefault(f"{point['flops']:.1e}", []).append(point)
     for column in columns.values():
         place = -float("inf")
         for point in column:
-            place = max(point["value"], place + least)
+            natural = (point["value"] - bottom) / (top - bottom) * height
+            place = max(natural, place + 11)
             axis.annotate(
                 point["label"],
                 (point["flops"], point["value"]),
-                (point["flops"] * 1.06, place),
+                (14, place - natural),
+                textcoords="offset points",
                 size=8,
                 va="center",
-                arrowprops={
-                    "arrowstyle": "-",
-                    "color": "#888888",
-                    "linewidth": 0.6,
-                    "shrinkA": 0,
-                    "shrinkB": 2,
-                    "relpos": (0, 0.5),
-                },
+                arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "shrinkB": 2, "relpos": (0, 0.5)},
             )
 
 
