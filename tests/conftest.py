@@ -3,9 +3,13 @@
 `--golden DIR` and `--tokenizers DIR` point the golden checks at other folders with the same layout.
 """
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch starts its threads; programs do the same (stages/core/stage.py).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from stages.core.errors import UserError
-from stages.training.head import block_logits, block_size, normalise_block
+from stages.training.head import block_logits, block_size, finish_piece, pieces
 from stages.training.models import Head, hidden_states
 
-GROUP = 32  # columns per group in the search for the likeliest tokens
+GROUP = 16  # columns per group in the search for the likeliest tokens
 SMALLEST = 1e-37  # tail masses below are kept as this: log 0 has no place in a table
 
 
@@ -66,26 +66,54 @@ def _block_signals(
     wanted: Wanted,
 ) -> dict[str, torch.Tensor]:
     logits, _ = block_logits(hidden, weight, bias, head.shape)
-    observed = logits.gather(1, targets[:, None])[:, 0]
-    eos = None if wanted.eos_id is None else logits[:, wanted.eos_id].clone()
+    parts = [
+        _piece_signals(logits[piece], hidden[piece], targets[piece], weight, bias, head, wanted)
+        for piece in pieces(logits)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _piece_signals(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    head: Head,
+    wanted: Wanted,
+) -> dict[str, torch.Tensor]:
+    """Return the signals of the rows of `logits` [n, vocab], which are used up."""
+    signals = {"observed_logprob": logits.gather(1, targets[:, None])[:, 0]}
+    if wanted.eos_id is not None:
+        signals["eos_logprob"] = logits[:, wanted.eos_id].clone()
     if wanted.top_k:
         values, ids = top_k(logits, wanted.top_k)
-    normaliser, boundary, small = normalise_block(logits, wanted.mask)
-    signals = {"observed_logprob": observed.sub_(normaliser).clamp_(max=0)}
-    if boundary is not None and wanted.mask is not None:
-        if small is not None:
-            redone, _ = block_logits(hidden[small], weight, bias, head.shape)
-            boundary[small] = torch.logsumexp(redone[:, wanted.mask > 0], -1) - normaliser[small]
-        signals["boundary_logprob"] = boundary
-    if eos is not None:
-        signals["eos_logprob"] = eos.sub_(normaliser).clamp_(max=0)
+        top = values[:, 0].clone()
+    else:
+        top = logits.amax(-1)
+    exponentials = logits.sub_(top[:, None]).exp_()
     if wanted.top_k:
-        # The exponentials without the likeliest: no cancellation, as 1 - sum would have.
-        rest = logits.scatter_(1, ids, 0).sum(-1)
-        tail = rest.log_().add_(values[:, 0]).sub_(normaliser)
-        signals["tail_logmass"] = tail.clamp_(math.log(SMALLEST), 0)
+        # The mass outside the top k is summed by itself: no cancellation, as 1 - sum would have.
+        likeliest = exponentials.gather(1, ids)
+        tail = exponentials.scatter_(1, ids, 0).sum(-1)
+        exponentials.scatter_(1, ids, likeliest)
+        total = tail + likeliest.sum(-1)
+        signals["tail_logmass"] = torch.log(tail / total).clamp_(math.log(SMALLEST), 0)
+    else:
+        total = exponentials.sum(-1)
+    normaliser, *boundary = finish_piece(exponentials, total, top, wanted.mask)
+    for name in ("observed_logprob", "eos_logprob"):
+        if name in signals:
+            signals[name].sub_(normaliser).clamp_(max=0)
+    if wanted.top_k:
         signals["topk_ids"] = ids.to(torch.int32)
         signals["topk_logprobs"] = values.sub_(normaliser[:, None]).clamp_(max=0).to(torch.float16)
+    if wanted.mask is not None:
+        mass, small = boundary
+        if small.any():
+            redone, _ = block_logits(hidden[small], weight, bias, head.shape)
+            mass[small] = torch.logsumexp(redone[:, wanted.mask > 0], -1) - normaliser[small]
+        signals["boundary_logprob"] = mass
     return signals
 
 
@@ -95,17 +123,23 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     The k largest lie in the k groups of columns with the largest maxima, so a pass for the maxima leaves
     k * GROUP candidates to sort instead of the vocabulary.
     """
-    rows, vocab = logits.shape
+    vocab = logits.shape[1]
     groups = vocab // GROUP
     if groups < 2 * k:
         return torch.topk(logits, k, dim=1)
-    grouped = logits[:, : groups * GROUP].view(rows, groups, GROUP) if vocab % GROUP == 0 else None
-    if grouped is None:
-        grouped = torch.nn.functional.pad(logits, (0, -vocab % GROUP), value=-torch.inf).view(rows, -1, GROUP)
-    _, best = torch.topk(grouped.amax(-1), k, dim=1)
-    candidates = grouped.gather(1, best[:, :, None].expand(-1, -1, GROUP)).flatten(1)
-    values, place = torch.topk(candidates, k, dim=1)
-    return values, best.gather(1, place // GROUP) * GROUP + place % GROUP
+    # Group j holds the columns j, j + groups, ...: maxima over the outer axis are as fast as reading.
+    whole = groups * GROUP
+    grouped = logits[:, :whole].unflatten(1, (GROUP, groups))
+    _, best = torch.topk(grouped.amax(1), k, dim=1, sorted=False)
+    inside = grouped.gather(2, best[:, None, :].expand(-1, GROUP, -1)).flatten(1)
+    first = torch.arange(0, whole, groups, device=logits.device)
+    ids = (first[None, :, None] + best[:, None, :]).flatten(1)
+    if vocab > whole:
+        inside = torch.cat([inside, logits[:, whole:]], 1)
+        rest = torch.arange(whole, vocab, device=logits.device)
+        ids = torch.cat([ids, rest.expand(len(logits), -1)], 1)
+    values, place = torch.topk(inside, k, dim=1)
+    return values, ids.gather(1, place)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 STATISTICS = ("observed_logprob", "boundary_logprob", "eos_logprob")
 BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
-WEIGHT_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of the temporary factors in the backward pass
+PIECE_ELEMENTS = {"cpu": 2**20}  # what a CPU's cache holds of logits while they are worked on elementwise
 SMALL_MASS = 1e-25  # below it, log boundary mass is computed on the boundary columns alone
 
 
@@ -86,15 +86,40 @@ def normalise_block(
     `logits` [n, vocab] are used up; `mask` float32 [vocab]. Rows to redo (None, or bool [n]) have a mass so small that
     it has to be computed from the logits of those columns alone.
     """
+    parts = [_normalise_piece(logits[piece], mask) for piece in pieces(logits)]
+    normaliser = torch.cat([part[0] for part in parts])
+    if mask is None:
+        return normaliser, None, None
+    small = torch.cat([part[2] for part in parts])
+    return normaliser, torch.cat([part[1] for part in parts]), small if bool(small.any()) else None
+
+
+def pieces(logits: torch.Tensor) -> list[slice]:
+    """Return slices of the rows of logits [n, vocab] that fit a CPU's cache; one slice on other devices."""
+    elements = PIECE_ELEMENTS.get(logits.device.type)
+    step = max(1, elements // logits.shape[1]) if elements else max(1, len(logits))
+    return [slice(start, min(start + step, len(logits))) for start in range(0, len(logits), step)]
+
+
+def _normalise_piece(logits: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     top = logits.amax(-1)
     exponentials = logits.sub_(top[:, None]).exp_()
-    total = exponentials.sum(-1)
+    return finish_piece(exponentials, exponentials.sum(-1), top, mask)
+
+
+def finish_piece(
+    exponentials: torch.Tensor, total: torch.Tensor, top: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Return (log-normaliser, log mass on `mask`, rows whose mass is too small to be exact) of exp(logits - top).
+
+    `total` [n] is the sum of `exponentials` [n, vocab]. Without a mask, the log-normaliser alone.
+    """
     if mask is None:
-        return total.log_().add_(top), None, None
+        return (total.log_().add_(top),)
     share = torch.mv(exponentials, mask).div_(total)
     small = share < SMALL_MASS
     boundary = share.clamp_(SMALL_MASS, 1).log_()
-    return total.log_().add_(top), boundary, small if bool(small.any()) else None
+    return total.log_().add_(top), boundary, small
 
 
 class _HeadStatistics(torch.autograd.Function):
@@ -154,11 +179,14 @@ class _HeadStatistics(torch.autograd.Function):
         for start in range(0, hidden.shape[0], block):
             part = slice(start, min(start + block, hidden.shape[0]))
             inputs = hidden[part].to(compute)
-            logits, capped = block_logits(inputs, rows, offsets, shape)
-            saved = (targets[part], mask, normaliser[part], None if boundary is None else boundary[part])
-            slope = _logit_gradient(logits, [None if g is None else g[part] for g in gradients], *saved, eos_id)
-            if capped is not None:
-                slope.mul_(capped.square_().neg_().add_(1))
+            slope, capped = block_logits(inputs, rows, offsets, shape)
+            for piece in pieces(slope):
+                at = slice(start + piece.start, start + piece.stop)
+                saved = (targets[at], mask, normaliser[at], None if boundary is None else boundary[at])
+                wanted = [None if gradient is None else gradient[at] for gradient in gradients]
+                _logit_gradient(slope[piece], wanted, *saved, eos_id)
+                if capped is not None:
+                    slope[piece].mul_(capped[piece].square_().neg_().add_(1))
             if shape.scale != 1.0:
                 slope.mul_(shape.scale)
             if grad_bias is not None:
@@ -183,8 +211,8 @@ def _logit_gradient(
     normaliser: torch.Tensor,
     boundary: torch.Tensor | None,
     eos_id: int | None,
-) -> torch.Tensor:
-    """Return d/dlogits in place of `logits`: g_o (1_target - p) + g_b (q - p) + g_e (1_eos - p), q = p on the boundary.
+) -> None:
+    """Put d/dlogits in place of `logits`: g_o (1_target - p) + g_b (q - p) + g_e (1_eos - p), q = p on the boundary.
 
     q is the softmax within the boundary columns, p * mask / exp(boundary).
     """
@@ -201,10 +229,7 @@ def _logit_gradient(
             rare = small, inside * of_boundary[small, None]
         factor = torch.where(small, zero, of_boundary * torch.exp(-boundary.clamp(min=-60)))
         slope.exp_()
-        step = max(1, WEIGHT_ELEMENTS.get(slope.device.type, 2**26) // slope.shape[1])
-        for start in range(0, len(slope), step):
-            part = slice(start, start + step)
-            slope[part].mul_(torch.addr(-total[part, None], factor[part], mask))
+        slope.mul_(torch.addr(-total[:, None], factor, mask))
     else:
         slope.exp_().mul_(-total[:, None])
     if rare is not None:
@@ -212,7 +237,6 @@ def _logit_gradient(
     slope.scatter_add_(1, targets[:, None], of_observed[:, None])
     if of_eos is not None:
         slope[:, eos_id] += of_eos
-    return slope
 
 
 def _accumulator(weight: torch.Tensor) -> torch.dtype:

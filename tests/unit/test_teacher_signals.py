@@ -106,7 +106,7 @@ def test_more_shards_than_examples(root):
 
 def test_wrong_teachers_are_refused(root):
     publish_model(root, "small", 290)
-    with pytest.raises(UserError, match="290 embedding rows but tokenizer .* has 300 ids"):
+    with pytest.raises(UserError, match=r"290 embedding rows but tokenizer .* has 300 ids"):
         run(root, inputs={"model": "models/small"})
     publish_model(root, "short", 300, lambda model: setattr(model.config, "max_position_embeddings", 20))
     with pytest.raises(
