@@ -73,7 +73,9 @@ def open_signals(paths: Sequence[Path], columns: Sequence[str], top_k: int = 0, 
     size = sum(_decoded_size(file, names) for file in files)
     try:
         if size <= MEMORY_LIMIT or cache is None:
-            tables = [file.read(columns=names) for file in files]
+            # By row group: reading a whole file at once takes five times as long.
+            groups = [(file, group) for file in files for group in range(file.metadata.num_row_groups)]
+            tables = [file.read_row_group(group, columns=names) for file, group in groups]
         else:
             cache.mkdir(parents=True, exist_ok=True)
             tables = [
