@@ -247,6 +247,7 @@ class _Planner:
             "statistics": of("tokenizer_stats"),
             "mappings": of("mined_mapping"),
         }
+        template = self.digests.file(code.ROOT / "stages" / "summary" / "report.html.jinja")
         graph = [[node.stage, manifest, node.inputs] for manifest, node in self.nodes.items()]
         spec = {
             "title": self.config.get("title", self.config["name"]),
@@ -255,7 +256,10 @@ class _Planner:
         }
         summary = self.add("summarize", "summary/manifest.json", spec, inputs)
         return self.add(
-            "report", "report.manifest.json", {"title": spec["title"], "graph": graph}, {"summary": summary} | inputs
+            "report",
+            "report.manifest.json",
+            {"title": spec["title"], "graph": graph, "template": template},
+            {"summary": summary} | inputs,
         )
 
     def control(self, name: str) -> str | None:

@@ -30,6 +30,7 @@ rule summarize:
     output:
         manifest="<root>/summary/manifest.json",
         summary="<root>/summary/summary.parquet",
+        comparisons="<root>/summary/comparisons.parquet",
     log:
         "<root>/logs/summarize.log",
     localrule: True

@@ -30,6 +30,7 @@ rule tokenizer_stats:
         manifest="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/manifest.json",
         counts="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/counts.parquet",
         summary="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/summary.json",
+        alignments="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/alignments.json",
     log:
         "<root>/logs/tokenizer_stats/{teacher_tokenizer}/{tokenizer}/{corpus}.log",
     conda:
