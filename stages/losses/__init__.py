@@ -1,8 +1,9 @@
 """Losses, one module per method family; pure functions of token arrays.
 
-A method is one file in this folder. The settings of a distillation name it, `stages.distill` imports it by that
-name, and nothing else has to change. A loss module has four functions; `options` is the loss settings of the
-experiment with the entry's own keys ("name", "kind", "weight", ...) on top:
+A method is one file in this folder and one row in `stages.planning.methods`. The settings of a distillation name
+the module, `stages.distill` imports it by that name, and nothing else has to change. A loss module has four
+functions; `options` is the loss settings of the experiment with the entry's own keys ("name", "kind", "weight")
+on top:
 
     check(options) -> None
         Raise UserError for a setting this method does not know. Called once, before any model is loaded.

@@ -74,7 +74,7 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
     """Return the merged chunks of a micro-batch with the teacher's side already summed."""
     options = DEFAULTS | options
     flags = _flags(options)
-    teacher, student, example = examples.chunks(options["kind"], options)
+    teacher, student, example = examples.chunks(options["kind"])
     boundary = examples.signals.get("eos_logprob" if "eos_as_space" in flags else "boundary_logprob")
     merging = options["merge_threshold"] if "merge_by_space_prob" in flags else None
     chunks = merge_chunks(teacher, student, example, boundary, merging)

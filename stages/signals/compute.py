@@ -23,9 +23,18 @@ class Wanted(NamedTuple):
 
 
 def wanted_signals(needs: dict[str, Any], boundary: np.ndarray, eos_id: int | None, device: torch.device) -> Wanted:
-    """Return Wanted for settings {"boundary", "eos", "top_k"}, a boundary mask bool [vocab] and the eos id."""
+    """Return Wanted for settings {"boundary", "eos", "top_k"}, a boundary mask bool [vocab] and the eos id.
+
+    UserError when eos is asked of a tokenizer without one, or more top-k than there are ids.
+    """
+    if needs.get("eos") and eos_id is None:
+        raise UserError(
+            "The teacher's tokenizer names no end-of-sequence token, which the losses ask for: set its eos."
+        )
     mask = torch.as_tensor(boundary, dtype=torch.float32, device=device) if needs.get("boundary") else None
-    top_k = min(int(needs.get("top_k") or 0), len(boundary))
+    top_k = int(needs.get("top_k") or 0)
+    if top_k > len(boundary):
+        raise UserError(f"top_k is {top_k} but the teacher's tokenizer has {len(boundary)} ids: ask for fewer.")
     return Wanted(mask, eos_id if needs.get("eos") else None, top_k)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ class Examples:
     teacher: "EncodedBatch | None" = None
     signals: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def chunks(self, kind: str, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def chunks(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (chunk of each teacher token, of each student token, example of each chunk), int64.
 
         Chunk ids run over all examples. Only tokens that are training targets have one; -1 is none.

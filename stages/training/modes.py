@@ -49,11 +49,18 @@ def settings_of(train: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def autocasts(setting: str, device: torch.device) -> bool:
+    """Return whether forward passes run in bfloat16: "auto" is that on a GPU and float32 on a CPU."""
+    return setting == "bfloat16" or (setting == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
 def prepare_mode(model: PreTrainedModel, settings: dict[str, Any], seed: int) -> nn.Module:
     """Mark what is trained, in place, and return the model to export: `model`, or a PEFT model around it.
 
-    Trained parameters become float32; frozen ones keep their type.
+    Trained parameters become float32; frozen ones keep their type, or become float32 too where forward passes are.
     """
+    if not autocasts(settings["dtype"], torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        model.float()
     mode = settings["train_model_mode"]
     outer: nn.Module = model
     embeddings = {id(p) for p in _embedding_parameters(model)}

@@ -24,7 +24,7 @@ from stages.core.errors import UserError
 from stages.losses import Prepared
 from stages.training import checkpoints
 from stages.training.data import Examples, MicroBatch, Step, generator
-from stages.training.modes import parameter_groups
+from stages.training.modes import autocasts, parameter_groups
 from stages.training.student import Student
 
 LOOKAHEAD = 2
@@ -101,7 +101,7 @@ class _Trainer:
     def __init__(self, run: Run, accelerator: Any) -> None:
         self.run, self.accelerator, self.settings = run, accelerator, run.settings
         device = accelerator.device
-        self.bfloat16 = _autocasts(self.settings["dtype"], device)
+        self.bfloat16 = autocasts(self.settings["dtype"], device)
         groups = parameter_groups(run.student, self.settings["weight_decay"])
         self.names = {p: name for name, p in run.student.named_parameters() if p.requires_grad}
         betas = (self.settings["b1"], self.settings["b2"])
@@ -321,10 +321,6 @@ def flops_per_token(student: Student) -> float:
 
 def _add(window: dict[str, float], name: str, value: float) -> None:
     window[name] = window.get(name, 0.0) + value
-
-
-def _autocasts(setting: str, device: torch.device) -> bool:
-    return setting == "bfloat16" or (setting == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
 @contextlib.contextmanager

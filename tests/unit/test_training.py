@@ -257,3 +257,14 @@ def test_too_few_examples(view):
         Collator(examples_table(), view, None, None, None, batch_size=1, max_tokens=10, seed=0, ranks=2)
     with pytest.raises(UserError, match="no training examples"):
         Collator(examples_table(0), view, None, None, None, batch_size=1, max_tokens=10, seed=0)
+
+
+def test_frozen_half_precision_trains_on_a_cpu(view, tmp_path):
+    train_lora = {"train_model_mode": "lora", "train_embeddings": False, "model_lora_rank": 2, "steps": 2}
+    run = make_run(view, tmp_path, train=train_lora)
+    before = weights(run)
+    assert np.isfinite(train(run)["metrics"][-1]["loss"])
+    changed = {name for name, value in weights(run).items() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    half = make_run(view, tmp_path / "half", train={"dtype": "bfloat16", "steps": 2})
+    assert np.isfinite(train(half)["metrics"][-1]["loss"])
