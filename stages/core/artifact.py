@@ -96,7 +96,14 @@ def damage(manifest_path: Path) -> str | None:
 
 @contextmanager
 def publish(
-    manifest_path: Path, *, stage: str, spec: dict[str, Any], code: str, lineage: str, inputs: dict[str, Any]
+    manifest_path: Path,
+    *,
+    stage: str,
+    spec: dict[str, Any],
+    code: str,
+    lineage: str,
+    inputs: dict[str, Any],
+    started: float | None = None,
 ) -> Iterator[Draft]:
     """Yield a Draft whose `folder` takes the data files; publish them and the manifest when the block ends.
 
@@ -110,7 +117,7 @@ def publish(
     staging = home / f".{manifest_path.stem}.{platform.node()}.{os.getpid()}.partial"
     staging.mkdir()
     draft = Draft(staging)
-    started = time.time()
+    started = started or time.time()
     try:
         yield draft
         manifest = {

@@ -13,10 +13,11 @@ import errno
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Job:
     code: str
     lineage: str
     inputs: dict[str, Any]
+    started: float = field(default_factory=time.time)
 
     def publish(self) -> AbstractContextManager[artifact.Draft]:
         """Return the context in which the stage writes its files; see `artifact.publish`."""
@@ -45,6 +47,7 @@ class Job:
             code=self.code,
             lineage=self.lineage,
             inputs=self.inputs,
+            started=self.started,
         )
 
     def data(self, name: str, file: str) -> Path:
@@ -85,7 +88,10 @@ def parse(module: str, description: str | None, argv: list[str] | None = None) -
         inputs = spec["inputs"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError('--spec must be a JSON object with an "inputs" object in it.') from None
-    actual = code.code_digest(module, *spec.get("code_modules", []))
+    try:
+        actual = code.code_digest(module, *spec.get("code_modules", []))
+    except FileNotFoundError as error:
+        raise UserError(f"--spec names code_modules that do not exist ({error}); correct the name.") from None
     if arguments.code and arguments.code != actual:
         raise UserError(
             f"The code of {module} is {actual} but the run was planned with {arguments.code}: it was edited meanwhile; "
@@ -134,9 +140,10 @@ def _open(root: Path, entry: Any) -> Any:
 
 
 def _redirect(log: Path) -> None:
-    """Send this process's output, that of its libraries included, to a file."""
+    """Send this process's output, that of its libraries included, to a file; under a launcher, all ranks share it."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    is_first = os.environ.get("RANK", "0") == "0"
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if is_first else 0), 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(descriptor, 1)
