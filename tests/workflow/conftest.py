@@ -1,5 +1,6 @@
 """A copy of the project in which the tiny demo has run, for tests that change one thing and look what follows."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ class Project:
     def __init__(self, folder: Path, config: dict):
         self.folder = folder
         self.config_file = folder / "test.yaml"
-        self.config = config
+        self.config = json.loads(json.dumps(config))  # YAML anchors share mappings; changes must not
         self.write_config()
         self.root = folder / "results" / config["name"]
 
@@ -67,6 +68,7 @@ def finished(repository, tmp_path_factory) -> Project:
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
     config["corpora"]["rows"] = {"kind": "jsonl", "path": "rows.jsonl", "max_bytes": 256}
     project = Project(folder, config)
+    config = project.config
     first = project.snakemake(f"results/{config['name']}/tokenizers/spbpe/manifest.json")
     assert first.returncode == 0, first.stdout + first.stderr
     (folder / "local-tokenizer").mkdir()
