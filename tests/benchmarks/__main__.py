@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("groups", nargs="*", default=GROUPS, help=f"of {', '.join(GROUPS)}; default: all")
     parser.add_argument("--output", type=Path, default=Path("results/bench.json"))
-    parser.add_argument("--tokenizers", type=Path, default=Path("../shared/tokenizers"), help="folder of real tokenizers")
+    parser.add_argument("--tokenizers", type=Path, default=Path("../shared/tokenizers"), help="real tokenizers")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with gsm8k_train.jsonl")
     arguments = parser.parse_args()
     unknown = [group for group in arguments.groups if group not in GROUPS]
@@ -40,7 +40,8 @@ def print_row(row: dict) -> None:
     verdict = "holds" if row["holds"] else "FALLS SHORT"
     sign = "<=" if row["at_most"] else ">="
     value = f"{row['value']:.3g} {row['unit']}"
-    print(f"{row['name']:<46} {value:>22}   {sign} {row['target']:<8g} {verdict:<12} against {row['baseline']}", flush=True)
+    target = f"{sign} {row['target']:<8g} {verdict:<12}"
+    print(f"{row['name']:<46} {value:>22}   {target} against {row['baseline']}", flush=True)
 
 
 if __name__ == "__main__":
