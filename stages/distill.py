@@ -8,7 +8,7 @@ from stages.core import stage
 from stages.core.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
+    import pyarrow as pa
 
     from stages.losses import Needs
     from stages.signals.reader import Signals
@@ -23,10 +23,6 @@ def main(argv: list[str] | None = None) -> None:
     needs = joint_needs(losses)
     index = check_signals(job, needs) if needs.teacher and job.spec["teacher"] == "cached" else None
 
-    import torch
-
-    from stages.artifacts.schemas import EXAMPLES
-    from stages.artifacts.tables import read_table
     from stages.tokenization import ByteView
     from stages.training import job as training
     from stages.training.data import Collator
@@ -35,13 +31,12 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = settings_of(job.spec["train"])
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
-    table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)
-    training.refuse_inexact(view, table)
+    table = training.open_corpus(job, view)
     teacher_view = ByteView.load(job.inputs["teacher_tokenizer"]["path"].parent) if needs.teacher else None
     signals = open_index(job, index, needs, table["example_id"].to_pylist()) if index else None
 
     online = bool(needs.teacher) and signals is None
-    model, outer, head = training.open_student(job, settings, view, table, job.inputs.get("init"))
+    model, outer, head, dtype = training.open_student(job, settings, view, table, job.inputs.get("init"))
     mode = job.spec.get("loss", {}).get("space_mask_mode", "space+tab+newline+special")
     student = training.Student(model, head, needs.student, view.boundary_mask(mode), view.eos_id)
     collate = Collator(
@@ -55,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         seed=job.spec["seed"],
         **training.ranks(),
     )
-    ask = online_teacher(job, teacher_view, needs, torch.device(training.device())) if online else None
+    ask = online_teacher(job, teacher_view, needs, table) if online else None
     run = Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints(), ask)
-    training.train_and_publish(job, run, outer)
+    training.train_and_publish(job, run, outer, dtype)
 
 
 def import_losses(spec: dict[str, Any]) -> "list[Loss]":
@@ -153,19 +148,25 @@ def open_index(job: stage.Job, index: dict[str, Any], needs: "Needs", example_id
     return signals
 
 
-def online_teacher(job: stage.Job, view: "ByteView", needs: "Needs", device: "torch.device") -> Any:
+def online_teacher(job: stage.Job, view: "ByteView", needs: "Needs", table: "pa.Table") -> Any:
     """Return a function that computes the signals of a micro-batch with the teacher itself."""
     import numpy as np
+    import torch
 
+    from stages.models.loading import load_model
     from stages.signals.compute import check_finite, teacher_pass, wanted_signals
-    from stages.training.data import Examples, token_places
-    from stages.training.models import body_of, find_head, load_model, teacher_dtype
+    from stages.tokenization.batches import token_places
+    from stages.training import job as training
+    from stages.training.data import Examples
+    from stages.training.models import body_of, find_head, teacher_dtype
 
+    device = torch.device(training.device())
     name = job.spec["teacher_model"]["name"]
     dtype = teacher_dtype(job.spec["train"].get("dtype", "auto"), device)
     model = load_model(job.spec["teacher_model"], job.inputs.get("teacher"), dtype).to(device).eval()
     model.requires_grad_(False)
     head = find_head(model, view.vocab_size, name, view.name)
+    training.refuse_long(view, table, model, name)
     kept = {"boundary": "boundary_logprob" in needs.teacher, "eos": "eos_logprob" in needs.teacher}
     wanted = wanted_signals(kept, view.boundary_mask(job.spec["loss"]["space_mask_mode"]), view.eos_id, device)
 

@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from stages.core.artifact import write_json
-    from stages.embeddings.checkpoint import load_model
     from stages.evaluation.bits_per_byte import model_size
+    from stages.models.loading import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     manager = None
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
 
         manager = harness.task_manager(job.spec["suite"].get("tasks") or [], job.spec["suite"].get("include_path"))
     with job.publish() as draft:
-        model = load_model(job.spec["model"], job.inputs, dtype_for(job.spec["model"].get("dtype"), device)).to(device)
+        dtype = dtype_for(job.spec["model"].get("dtype"), device)
+        model = load_model(job.spec["model"], job.inputs.get("model"), dtype).to(device)
         if kind == "bits_per_byte":
             rows, facts = bits_per_byte(job, model, draft)
         else:
@@ -66,8 +67,9 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     from stages.artifacts.tables import read_table, write_table
     from stages.evaluation import bits_per_byte as formulas
     from stages.evaluation.scoring import token_bits
+    from stages.models.loading import check_length
     from stages.tokenization import ByteView
-    from stages.training.models import check_length, find_head
+    from stages.training.models import find_head
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     examples = read_table(job.data("corpus", "heldout.parquet"), EXAMPLES).slice(0, job.spec["suite"].get("limit"))

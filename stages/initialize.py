@@ -27,19 +27,22 @@ def main(argv: list[str] | None = None) -> None:
     from collections import Counter
 
     from stages.artifacts.tables import write_table
-    from stages.embeddings import checkpoint
+    from stages.embeddings import replacement
+    from stages.models.export import copy_tokenizer, save_model
+    from stages.models.loading import check_rows, load_model
     from stages.tokenization import ByteView
 
     target = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     source = ByteView.load(job.inputs.get("source_tokenizer", job.inputs["tokenizer"])["path"].parent)
     with job.publish() as draft:
-        model = checkpoint.load_model(job.spec["model"], job.inputs)
-        rows = checkpoint.source_rows(model, source.vocab_size, job.spec["model"]["name"])
+        model = load_model(job.spec["model"], job.inputs.get("model"))
+        rows = source.vocab_size
+        check_rows(model, job.spec["model"]["name"], rows, source.name)
         plan = make_plan(method, target, source, rows)
-        embedding = checkpoint.replace_embeddings(model, plan, rows, job.spec["seed"], mode == "untie")
-        checkpoint.set_special_ids(model, target.start_id, target.eos_id, target.pad_id)
-        draft.describe["model.safetensors"] = checkpoint.save_model(model, draft.folder)
-        draft.metrics["auto_tokenizer"] = checkpoint.copy_tokenizer(job.inputs["tokenizer"], draft.folder)
+        embedding = replacement.replace_embeddings(model, plan, rows, job.spec["seed"], mode == "untie")
+        replacement.set_special_ids(model, target.start_id, target.eos_id, target.pad_id)
+        draft.describe["model.safetensors"] = save_model(model, model.dtype, draft.folder)
+        draft.metrics["auto_tokenizer"] = copy_tokenizer(job.inputs["tokenizer"], draft.folder)
         table = provenance(plan, target.token_bytes, embedding.float().norm(dim=1).numpy())
         write_table(draft.folder / "provenance.parquet", table, job.identity)
         draft.describe["provenance.parquet"] = {"rows": table.num_rows}

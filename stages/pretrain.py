@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Make a random model of the given architecture, train it by next-token prediction, publish it."""
     job = stage.parse("stages.pretrain", __doc__, argv)
-    from stages.artifacts.schemas import EXAMPLES
-    from stages.artifacts.tables import read_table
     from stages.losses import sft
     from stages.tokenization import ByteView
     from stages.training import job as training
@@ -26,10 +24,9 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = settings_of({"train_model_mode": "full"} | job.spec["train"])
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
-    table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)
-    training.refuse_inexact(view, table)
+    table = training.open_corpus(job, view)
     model = random_model(job.spec["architecture"], view, job.spec["seed"])
-    training.longest(view, table, model, job.stage)
+    training.refuse_long(view, table, model, job.stage)
     outer = prepare_mode(model, settings, job.spec["seed"])
     head = find_head(model, view.vocab_size, "pretrain", view.name)
     losses = [Loss("sft", sft, {}, 1.0)]
@@ -45,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         **training.ranks(),
     )
     student = training.Student(model, head, sft.needs({}).student, None, None)
-    training.train_and_publish(job, Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints()), outer)
+    run = Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints())
+    training.train_and_publish(job, run, outer, model.dtype)
 
 
 def random_model(architecture: dict[str, Any], view: "ByteView", seed: int) -> "PreTrainedModel":
@@ -63,9 +61,7 @@ def random_model(architecture: dict[str, Any], view: "ByteView", seed: int) -> "
     config = AutoConfig.for_model(kind, vocab_size=view.vocab_size, **fields, **specials)
     with torch.random.fork_rng():
         torch.manual_seed(int(generator(seed, "weights").integers(2**63)))
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.config.use_cache = False
-    return model
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from stages.training.models import Head
 
 WINDOW = 1024  # examples that are sorted by length together, and one row group of the output
-INEXACT_LIMIT = 0.01
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,20 +25,24 @@ def main(argv: list[str] | None = None) -> None:
     shard, shards = job.spec["shard"], job.spec["shards"]
     if not 0 <= shard < shards:
         raise UserError(f"shard is {shard} but there are {shards} shards, counted from 0.")
+    import numpy as np
     import torch
 
     from stages.artifacts.schemas import EXAMPLES
     from stages.artifacts.tables import read_table
+    from stages.models.loading import check_length, load_model
     from stages.signals.compute import wanted_signals
     from stages.tokenization import ByteView
-    from stages.training.models import body_of, check_length, find_head, load_model, teacher_dtype
+    from stages.tokenization.batches import refuse_inexact
+    from stages.training.models import body_of, find_head, teacher_dtype
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)
     first, last = (len(table) * edge // shards for edge in (shard, shard + 1))
     table = table.slice(first, last - first)
     windows = encode_windows(view, table)
-    refuse_inexact(windows, table["example_id"].to_pylist(), view.name)
+    exact = np.concatenate([np.ones(0, bool), *(batch.exact for batch in windows)])
+    refuse_inexact(exact, table["example_id"].to_pylist(), view.name)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(job.spec["model"], job.inputs.get("model"), teacher_dtype(job.spec["dtype"], device))
@@ -65,11 +68,12 @@ class Shard:
         import numpy as np
 
         from stages.signals.compute import teacher_pass
+        from stages.tokenization.batches import length_batches, token_places
 
         result: dict[str, np.ndarray] = {}
-        for examples in batches_by_length(np.diff(batch.offsets), self.batch_tokens):
+        for examples in length_batches(np.diff(batch.offsets), self.batch_tokens):
             part = teacher_pass(self.body, self.head, batch.ids, batch.offsets, examples, self.wanted)
-            places = np.concatenate([np.arange(batch.offsets[e], batch.offsets[e + 1]) for e in examples])
+            places = token_places(batch.offsets, examples)
             for column, values in part.items():
                 if column not in result:
                     result[column] = np.empty((len(batch.ids), *values.shape[1:]), values.dtype)
@@ -116,19 +120,6 @@ def encode_windows(view: "ByteView", table: "pa.Table") -> "list[EncodedBatch]":
     return windows
 
 
-def refuse_inexact(windows: "list[EncodedBatch]", names: list[str], tokenizer: str) -> None:
-    """Refuse a corpus of which more than 1 % of the examples cannot be written in the tokenizer's tokens."""
-    import numpy as np
-
-    exact = np.concatenate([batch.exact for batch in windows]) if windows else np.ones(0, bool)
-    inexact = int((~exact).sum())
-    if inexact > INEXACT_LIMIT * len(exact):
-        raise UserError(
-            f"Tokenizer {tokenizer!r} does not reproduce the text of {inexact} of {len(exact)} examples, "
-            f"{names[int(np.argmin(exact))]} first: choose a tokenizer with byte fallback, or leave such text out."
-        )
-
-
 def longest_example(windows: "list[EncodedBatch]", table: "pa.Table") -> tuple[int, int, str]:
     """Return (tokens, bytes, example id) of the example with most tokens."""
     import numpy as np
@@ -136,20 +127,6 @@ def longest_example(windows: "list[EncodedBatch]", table: "pa.Table") -> tuple[i
     lengths = np.concatenate([np.diff(batch.offsets) for batch in windows])
     at = int(np.argmax(lengths))
     return int(lengths[at]), table["bytes"][at].as_py(), table["example_id"][at].as_py()
-
-
-def batches_by_length(lengths: "np.ndarray", batch_tokens: int) -> "list[np.ndarray]":
-    """Return arrays of example indices, longest first, each at most `batch_tokens` tokens when padded."""
-    import numpy as np
-
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    batches, start = [], 0
-    while start < len(order):
-        rows = max(1, batch_tokens // int(lengths[order[start]]))
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
 
 
 if __name__ == "__main__":

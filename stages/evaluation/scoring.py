@@ -1,12 +1,11 @@
 """Bits of every token of a batch of sequences under a causal language model."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from stages.tokenization.batches import length_batches
 from stages.training.models import Head, body_of
 
 
@@ -26,16 +25,6 @@ def token_bits(
             _score_batch(model, head, ids, offsets, scored, rows, bits)
             progress.update(len(rows))
     return bits
-
-
-def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Yield index arrays of sequences of similar length whose padded size is at most `batch_tokens` (or one row)."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        count = max(1, batch_tokens // max(1, int(lengths[order[start]])))
-        yield order[start : start + count]
-        start += count
 
 
 def _score_batch(

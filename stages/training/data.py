@@ -13,6 +13,7 @@ from stages.core.errors import UserError
 from stages.losses import Prepared
 from stages.losses.chunks import scored_chunks
 from stages.signals.reader import Signals
+from stages.tokenization.batches import select, token_places
 
 if TYPE_CHECKING:
     from stages.tokenization import ByteView
@@ -196,19 +197,3 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list
         space[row] -= length
     per_batch = max(1, max_tokens // width)
     return [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
-
-
-def token_places(offsets: np.ndarray, examples: np.ndarray) -> np.ndarray:
-    """Return int64: the flat places of the tokens of `examples`, in their order."""
-    if not len(examples):
-        return np.zeros(0, np.int64)
-    return np.concatenate([np.arange(offsets[e], offsets[e + 1]) for e in examples])
-
-
-def select(batch: "EncodedBatch", examples: np.ndarray) -> "EncodedBatch":
-    """Return a batch of some examples of `batch`, in the order given."""
-    places = token_places(batch.offsets, examples)
-    lengths = np.diff(batch.offsets)[examples]
-    tokens = {name: getattr(batch, name)[places] for name in ("ids", "ends", "slot", "loss", "first")}
-    per_example = {name: getattr(batch, name)[examples] for name in ("exact", "widths")}
-    return replace(batch, offsets=np.concatenate([[0], np.cumsum(lengths)]), **tokens, **per_example)

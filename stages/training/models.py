@@ -1,14 +1,13 @@
-"""Open causal language models and find how they make logits of hidden states."""
+"""How causal language models make logits of hidden states."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from stages.core.errors import UserError
+from stages.models.loading import check_rows
 from stages.training.head import Shape, block_logits, head_statistics
 
 CHECK_TOKENS = 12
@@ -40,41 +39,6 @@ class Head:
         return head_statistics(hidden, self.weight, targets, mask, eos_id, *settings)
 
 
-def load_model(model: dict[str, Any], artifact: dict[str, Any] | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load the model that a spec's "model" describes, or the artifact (opened manifest) that stands for it.
-
-    `dtype` None keeps the stored type. UserError when it is not there, is no causal language model, or lacks weights.
-    """
-    name = model.get("name")
-    place = str(artifact["path"].parent) if artifact else model.get("path")
-    if not place:
-        raise UserError(f"Model {name!r} has neither a path nor an artifact: give it a `path` in the config.")
-    options: dict[str, Any] = {"trust_remote_code": bool(model.get("trust_remote_code"))}
-    if not artifact:
-        options["revision"] = model.get("revision")
-    if model.get("attn_implementation"):
-        options["attn_implementation"] = model["attn_implementation"]
-    wanted = dtype or "auto"
-    try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            place, dtype=wanted, output_loading_info=True, use_safetensors=True, **options
-        )
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"Model {name!r} cannot be loaded from {place}: {first}") from None
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"The weights of {place} lack {some}: the folder is incomplete or no causal language model.")
-    loaded.config.use_cache = False
-    return loaded
-
-
-def stored_dtype(place: Path | str, revision: str | None = None) -> torch.dtype:
-    """Return the type in which a model's weights are stored, by its config."""
-    config = AutoConfig.from_pretrained(place, revision=revision).get_text_config()
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
 def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
     """Return the type a teacher runs in: "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if setting == "auto":
@@ -92,12 +56,7 @@ def find_head(model: PreTrainedModel, vocab: int, model_name: str, tokenizer_nam
     kind = type(model).__name__
     if layer is None or getattr(layer, "weight", None) is None or layer.weight.dim() != 2:
         raise UserError(f"Model {model_name!r} ({kind}) has no linear output layer: choose a causal language model.")
-    for what, rows in (("embedding", model.get_input_embeddings().weight.shape[0]), ("output", layer.weight.shape[0])):
-        if rows < vocab:
-            raise UserError(
-                f"Model {model_name!r} has {rows} {what} rows but tokenizer {tokenizer_name!r} has {vocab} ids: "
-                "give the model the tokenizer it was trained with, or initialize it for this one."
-            )
+    check_rows(model, model_name, vocab, tokenizer_name)
     config = model.config.get_text_config()
     factor = float(getattr(model, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
     factor /= float(getattr(config, "logits_scaling", None) or 1.0)
@@ -127,18 +86,6 @@ def hidden_states(
     """
     output = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     return output.last_hidden_state.flatten(0, 1).index_select(0, index)
-
-
-def check_length(model: PreTrainedModel, name: str, longest: int, longest_bytes: int, example: str) -> None:
-    """Refuse an example of `longest` tokens that the model has no positions for."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit and longest > limit:
-        fits = max(16, int(longest_bytes * limit / longest * 0.9))
-        raise UserError(
-            f"Example {example} has {longest} tokens but model {name!r} takes at most {limit}: "
-            f"cut the corpus shorter, with max_bytes: {fits}."
-        )
 
 
 @torch.no_grad()

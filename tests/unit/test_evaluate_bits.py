@@ -12,6 +12,7 @@ from stages import evaluate
 from stages.core.errors import UserError
 from stages.evaluation import bits_per_byte, scoring
 from stages.tokenization import ByteView
+from stages.tokenization.batches import length_batches
 from stages.training.models import find_head
 from tests.unit import tiny
 
@@ -89,7 +90,7 @@ def test_batches_do_not_change_the_bits(root):
 
 def test_length_batches_hold_every_row_once():
     lengths = np.random.default_rng(1).integers(1, 50, 100)
-    batches = list(scoring.length_batches(lengths, 120))
+    batches = list(length_batches(lengths, 120))
     assert sorted(np.concatenate(batches).tolist()) == list(range(100))
     assert all(len(rows) * lengths[rows].max() <= 120 for rows in batches)
 

@@ -135,7 +135,8 @@ def test_head_of_model_classes(kind, options):
 
 def test_refused_models():
     from stages.core.errors import UserError
-    from stages.training.models import check_length, find_head
+    from stages.models.loading import check_length
+    from stages.training.models import find_head
 
     model = tiny("llama")
     with pytest.raises(UserError, match="'teacher' has 41 embedding rows but tokenizer 'big' has 50 ids"):

@@ -115,7 +115,7 @@ def test_model_input_artifact(root, tmp_path):
 
 def test_too_few_rows_is_one_sentence(root, tmp_path):
     tiny.llama(tmp_path / "base", SOURCE - 10)
-    with pytest.raises(UserError, match=rf"has {SOURCE - 10} embedding rows but its tokenizer has {SOURCE} tokens"):
+    with pytest.raises(UserError, match=rf"has {SOURCE - 10} embedding rows but tokenizer .* has {SOURCE} ids"):
         initialized(root, tmp_path / "base", "few")
     assert not (root / "initialized/few/manifest.json").exists()
 

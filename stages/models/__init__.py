@@ -1,0 +1,1 @@
+"""Hugging Face model folders: opened with checks, written so that transformers opens them to the same model."""

@@ -1,0 +1,95 @@
+"""Open a causal language model and refuse what does not fit its tokenizer or its text."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stages.core.errors import UserError
+
+
+def load_model(
+    model: dict[str, Any], artifact: dict[str, Any] | None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load the model that a spec's "model" describes, or the artifact (opened manifest) that stands for it, on the CPU.
+
+    `dtype` None keeps the stored type. Only safetensors are read. UserError when it is not there, is damaged, is no
+    causal language model, or lacks weights.
+    """
+    name = model["name"]
+    place = str(artifact["path"].parent) if artifact else model.get("path")
+    if not place:
+        raise UserError(f"Model {name!r} has neither a path nor an artifact: give it a `path` in the config.")
+    place = str(Path(place).expanduser()) if Path(place).expanduser().is_dir() else place
+    _refuse_folder(name, Path(place))
+    options: dict[str, Any] = {"trust_remote_code": bool(model.get("trust_remote_code"))}
+    if not artifact:
+        options["revision"] = model.get("revision")
+    if model.get("attn_implementation"):
+        options["attn_implementation"] = model["attn_implementation"]
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True, **options
+        )
+    except SafetensorError as error:
+        raise UserError(
+            f"Model {name!r} cannot be loaded from {place}: its weights are damaged or cut off ({error}); "
+            "fetch or build it again."
+        ) from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Model {name!r} cannot be loaded from {place}: {first}") from None
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(
+            f"Model {name!r}: the weights in {place} lack {some}; the folder is incomplete or no causal language model."
+        )
+    return loaded
+
+
+def check_rows(model: PreTrainedModel, name: str, tokens: int, tokenizer: str) -> None:
+    """Refuse a model with fewer embedding or output rows than its tokenizer has ids; rows beyond them are padding."""
+    layers = {"embedding": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    for what, layer in layers.items():
+        rows = tokens if layer is None else layer.weight.shape[0]
+        if rows < tokens:
+            raise UserError(
+                f"Model {name!r} has {rows} {what} rows but tokenizer {tokenizer!r} has {tokens} ids: "
+                "give the model the tokenizer it was trained with, or initialize it for this one."
+            )
+
+
+def length_limit(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a model has positions for, None where its configuration names no limit."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def check_length(model: PreTrainedModel, name: str, longest: int, longest_bytes: int, example: str) -> None:
+    """Refuse an example of `longest` tokens that the model has no positions for."""
+    limit = length_limit(model)
+    if limit and longest > limit:
+        fits = max(16, int(longest_bytes * limit / longest * 0.9))
+        raise UserError(
+            f"Example {example} has {longest} tokens but model {name!r} takes at most {limit}: "
+            f"cut the corpus shorter, with max_bytes: {fits}."
+        )
+
+
+def _refuse_folder(name: str, folder: Path) -> None:
+    """Refuse a local folder that is no model, or whose weights are pickles: to open one is to run it."""
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"Model {name!r} cannot be loaded from {folder}: there is no config.json, it is no model folder."
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    found = f"its weights are pickles ({pickles[0]}), which are never opened" if pickles else "it has no weights"
+    raise UserError(
+        f"Model {name!r} cannot be loaded from {folder}: {found}; save it with save_pretrained as safetensors."
+    )

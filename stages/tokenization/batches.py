@@ -1,0 +1,51 @@
+"""What is done with encoded examples: choose some, group them by length, refuse what tokens cannot say."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from stages.core.errors import UserError
+from stages.tokenization.encoding import EncodedBatch
+
+INEXACT_LIMIT = 0.01
+
+
+def token_places(offsets: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """Return int64: the flat places of the tokens of `examples`, in their order."""
+    if not len(examples):
+        return np.zeros(0, np.int64)
+    return np.concatenate([np.arange(offsets[e], offsets[e + 1]) for e in examples])
+
+
+def select(batch: EncodedBatch, examples: np.ndarray) -> EncodedBatch:
+    """Return a batch of some examples of `batch`, in the order given."""
+    places = token_places(batch.offsets, examples)
+    lengths = np.diff(batch.offsets)[examples]
+    tokens = {name: getattr(batch, name)[places] for name in ("ids", "ends", "slot", "loss", "first")}
+    per_example = {name: getattr(batch, name)[examples] for name in ("exact", "widths")}
+    return replace(batch, offsets=np.concatenate([[0], np.cumsum(lengths)]), **tokens, **per_example)
+
+
+def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Yield index arrays of examples of like length, longest first, empty ones left out.
+
+    Each is at most `batch_tokens` tokens when padded, or a single example.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // int(lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def refuse_inexact(exact: np.ndarray, example_ids: Sequence[str], tokenizer: str) -> None:
+    """Refuse text of which more than 1 % of the examples cannot be written in the tokenizer's tokens."""
+    inexact = int((~exact).sum())
+    if inexact > INEXACT_LIMIT * len(exact):
+        raise UserError(
+            f"Tokenizer {tokenizer!r} does not reproduce the text of {inexact} of {len(exact)} examples, "
+            f"{example_ids[int(np.argmin(exact))]} first: take a tokenizer with byte fallback, or leave such text out."
+        )
