@@ -26,12 +26,12 @@ PARENT = {"corpus": {"manifest": "corpora/c/manifest.json"}}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A root with a corpus and three trained tokenizers."""
+    """A root with a corpus and two trained tokenizers."""
     root = tmp_path_factory.mktemp("results")
     (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*zoo.TEXT, *TEXTS]))
     spec = {"kind": "jsonl", "files": {str(root / "a.jsonl"): "x"}, "max_bytes": 256, "heldout": 0.1, "inputs": {}}
     run(corpus, root, "corpora/c", spec)
-    for kind in ("byte_bpe", "sentencepiece_bpe", "unigram"):
+    for kind in ("byte_bpe", "sentencepiece_bpe"):
         train = {"kind": kind, "vocab_size": 420, "special": ["<|extra|>"]}
         run(tokenizer, root, f"tokenizers/{kind}", {"train": train, "inputs": PARENT})
     return root
@@ -42,7 +42,7 @@ def run(program, root, place, spec):
     return root / place
 
 
-@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_bpe"])
 def test_trained_tokenizers(root, kind):
     folder = root / "tokenizers" / kind
     view = ByteView.load(folder)
@@ -56,7 +56,7 @@ def test_trained_tokenizers(root, kind):
         assert again == facts or name == "byte_view.json" or name == "tokens.parquet", name
 
 
-@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["byte_bpe", "sentencepiece_bpe"])
 def test_tokens_table(root, kind):
     view = ByteView.load(root / "tokenizers" / kind)
     table = read_table(root / "tokenizers" / kind / "tokens.parquet", TOKENS).to_pylist()

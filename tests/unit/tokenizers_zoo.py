@@ -70,6 +70,17 @@ def gemma_like():
     return tokenizer
 
 
+def unigram():
+    """Pieces and characters of TEXT; specials and bytes spelled out in a text are the dearest way to say it."""
+    pieces = [(piece, -50.0) for piece in ("<unk>", "<s>", "</s>", *BYTES)]
+    words = sorted({"▁" + word for text in TEXT for word in text.split(" ")} | {"▁", *"".join(TEXT)} - {" "})
+    pieces += [(word, -3.0 - 0.1 * number / len(words) - 0.01 * len(word)) for number, word in enumerate(words)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
 def word_piece(pre_tokenizer):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizer
@@ -112,7 +123,7 @@ def views():
         "gemma": load(save(gemma_like(), **plain)),
         "bpe": trained("byte_bpe", 320),
         "sentencepiece": trained("sentencepiece_bpe"),
-        "unigram": trained("unigram"),
+        "unigram": load(save(unigram(), **plain)),
         "wordpiece": load(
             save(word_piece(pre_tokenizers.ByteLevel(add_prefix_space=False)), unk_token="[UNK]", eos_token="[SEP]")
         ),
