@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.core import stage
+from stages.core import artifact, stage
 from stages.core.errors import UserError
 
 ROWS_PER_GROUP = 10_000
@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write train.parquet and heldout.parquet, one row per example (schema EXAMPLES)."""
     job = stage.parse("stages.corpus", __doc__, argv)
     subset = job.spec["kind"] == "subset"
+    _check_files(job.spec.get("files", {}))
     with job.publish() as draft:
         splits = _subset(job) if subset else _examples(job.spec)
         writers = {split: _Writer(draft.folder / f"{split}.parquet", job.identity) for split in ("train", "heldout")}
@@ -27,6 +28,18 @@ def main(argv: list[str] | None = None) -> None:
             draft.describe[f"{split}.parquet"] = {"rows": writer.examples}
         if not writers["train"].examples:
             raise UserError(_empty(job))
+
+
+def _check_files(files: dict[str, str]) -> None:
+    """Refuse files ({path: SHA-256}) that are not what they were when the run was planned."""
+    for name, digest in files.items():
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: restore it, or correct the path of the corpus.")
+        if artifact.file_digest(path) != digest:
+            raise UserError(
+                f"{path} was changed since the run was planned: start snakemake again, which plans with the new text."
+            )
 
 
 def _examples(spec: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

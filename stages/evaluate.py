@@ -73,6 +73,11 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     examples = read_table(job.data("corpus", "heldout.parquet"), EXAMPLES).slice(0, job.spec["suite"].get("limit"))
+    if not len(examples):
+        raise UserError(
+            f"{job.inputs['corpus']['name']} has no held-out examples to score: give the corpus more text or a larger "
+            "`heldout`."
+        )
     slots = examples["slots"].to_pylist()
     batch = view.encode_examples(slots, examples["ends_document"].to_pylist())
     scored = text_tokens(batch)
@@ -122,9 +127,12 @@ def lm_eval_tasks(
     from stages.artifacts.schemas import TASK_SAMPLES
     from stages.artifacts.tables import write_table
     from stages.evaluation import harness
+    from stages.models.loading import check_rows, cut_padding
 
     suite = job.spec["suite"]
     tokenizer = AutoTokenizer.from_pretrained(job.inputs["tokenizer"]["path"].parent)
+    check_rows(model, job.spec["model"]["name"], len(tokenizer), job.inputs["tokenizer"]["path"].parent.name)
+    cut_padding(model, len(tokenizer))
     built = [harness.built_task(task["path"].parent, task["spec"]["name"]) for task in job.inputs.get("tasks", [])]
     tasks = [*(suite.get("tasks") or []), *built]
     results = harness.run_tasks(model, tokenizer, tasks, manager, suite, job.spec["seed"])

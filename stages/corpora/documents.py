@@ -107,6 +107,8 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]
             yield dict.fromkeys(names)
         for batch in file.iter_batches(batch_size=1024, columns=present or []):
             yield from batch.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} holds text that is not UTF-8 ({error.reason}): write the file again.") from None
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as Parquet ({reason}): it is damaged or cut off; restore it.") from None

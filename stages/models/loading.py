@@ -61,6 +61,13 @@ def check_rows(model: PreTrainedModel, name: str, tokens: int, tokenizer: str) -
             )
 
 
+def cut_padding(model: PreTrainedModel, tokens: int) -> None:
+    """Make `model` give logits of its first `tokens` ids alone, so that padding rows take no part in any softmax."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight.shape[0] > tokens:
+        head.register_forward_hook(lambda _module, _inputs, logits: logits[..., :tokens])
+
+
 def length_limit(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model has positions for, None where its configuration names no limit."""
     config = model.config.get_text_config()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages import corpus
 from stages.artifacts.schemas import EXAMPLES
 from stages.artifacts.tables import identity_of, read_table
-from stages.core.artifact import read_manifest
+from stages.core.artifact import file_digest, read_manifest
 from stages.core.errors import UserError
 from stages.corpora.cutting import cut_text, cut_turns
 from stages.corpora.python_docs import python_documents
@@ -29,9 +29,14 @@ def rows(root, name, split):
     return read_table(root / "corpora" / name / f"{split}.parquet", EXAMPLES).to_pylist()
 
 
+def listed(path):
+    """The files of a spec: as planning lists them, by content."""
+    return {str(path): file_digest(path)}
+
+
 def jsonl(path, *values):
     path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
-    return {str(path): "digest"}
+    return listed(path)
 
 
 def documents(count):
@@ -187,13 +192,13 @@ def test_untrained_examples_are_left_out(tmp_path):
 
 def test_parquet_and_txt(tmp_path):
     pq.write_table(pa.table({"body": [row["text"] for row in documents(20)]}), tmp_path / "a.parquet")
-    found = build(tmp_path, kind="parquet", files={str(tmp_path / "a.parquet"): "x"}, column="body", heldout=0.0)[
+    found = build(tmp_path, kind="parquet", files=listed(tmp_path / "a.parquet"), column="body", heldout=0.0)[
         "train"
     ]
     assert "".join(r["slots"][0]["text"] for r in found) == "".join(row["text"] for row in documents(20))
     text = "A line of the play.\n" * 40
     (tmp_path / "a.txt").write_text(text)
-    splits = build(tmp_path, kind="txt", files={str(tmp_path / "a.txt"): "x"})
+    splits = build(tmp_path, kind="txt", files=listed(tmp_path / "a.txt"))
     assert splits["train"] and splits["heldout"]
     assert sum(row["bytes"] for split in splits.values() for row in split) == len(text)
     assert sum(row["ends_document"] for split in splits.values() for row in split) == 1
@@ -217,14 +222,45 @@ def test_user_errors(tmp_path):
     cases.append(("jsonl", "half.jsonl", {}, r"character 1 is half of a surrogate pair"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 nothing")
     cases.append(("parquet", "cut.parquet", {}, r"cannot be read as Parquet"))
+    pq.write_table(pa.table({"text": [f"text {i} " * 9 for i in range(3000)]}), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "short.parquet").write_bytes(whole[:-100])
+    cases.append(("parquet", "short.parquet", {}, r"short\.parquet cannot be read as Parquet"))
+    (tmp_path / "holed.parquet").write_bytes(whole[:200] + bytes(5000) + whole[5200:])
+    cases.append(("parquet", "holed.parquet", {}, r"holed\.parquet cannot be read as Parquet"))
+    latin = pa.array([b"ok", b"caf\xe9"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": latin}), tmp_path / "latin.parquet")
+    cases.append(("parquet", "latin.parquet", {}, r"latin\.parquet holds text that is not UTF-8"))
+    pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "null.parquet")
+    cases.append(("parquet", "null.parquet", {}, r"row 2, column text: found NoneType, expected text"))
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "col.parquet")
     cases.append(("parquet", "col.parquet", {}, r"no column text; it has body"))
     (tmp_path / "empty.txt").write_text("")
     cases.append(("txt", "empty.txt", {}, r"leaves no training text"))
     for kind, name, extra, message in cases:
         with pytest.raises(UserError, match=message):
-            build(tmp_path, kind=kind, files={str(tmp_path / name): "x"}, heldout=0.0, **extra)
+            build(tmp_path, kind=kind, files=listed(tmp_path / name), heldout=0.0, **extra)
         assert not (tmp_path / "corpora/c/manifest.json").exists()
+
+
+def test_files_that_changed_since_planning_are_refused(tmp_path):
+    files = jsonl(tmp_path / "a.jsonl", *documents(20))
+    build(tmp_path, kind="jsonl", files=files)
+    before = (tmp_path / "corpora/c/train.parquet").read_bytes()
+    (tmp_path / "a.jsonl").write_text('{"text": "another"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl was changed since the run was planned"):
+        build(tmp_path, kind="jsonl", files=files)
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl does not exist"):
+        build(tmp_path, kind="jsonl", files=files)
+    assert (tmp_path / "corpora/c/train.parquet").read_bytes() == before
+
+
+def test_any_document_fits_max_bytes(tmp_path):
+    files = jsonl(tmp_path / "a.jsonl", {"text": "x" * 100_000}, {"text": "日" * 50_000})
+    found = build(tmp_path, kind="jsonl", files=files, heldout=0.0)["train"]
+    assert max(row["bytes"] for row in found) <= 64
+    assert sum(row["bytes"] for row in found) == 250_000
 
 
 def test_hub_data_sets(tmp_path, monkeypatch):

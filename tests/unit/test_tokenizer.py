@@ -7,7 +7,7 @@ import pytest
 from stages import corpus, mined_mapping, tokenizer, tokenizer_stats
 from stages.artifacts.schemas import COUNTS, MAPPING, TOKENS
 from stages.artifacts.tables import read_table
-from stages.core.artifact import read_manifest
+from stages.core.artifact import file_digest, read_manifest
 from stages.core.errors import UserError
 from stages.tokenization import ByteView
 from tests.unit import tokenizers_zoo as zoo
@@ -29,7 +29,7 @@ def root(tmp_path_factory) -> Path:
     """A root with a corpus and two trained tokenizers."""
     root = tmp_path_factory.mktemp("results")
     (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*zoo.TEXT, *TEXTS]))
-    spec = {"kind": "jsonl", "files": {str(root / "a.jsonl"): "x"}, "max_bytes": 256, "heldout": 0.1, "inputs": {}}
+    spec = {"kind": "jsonl", "files": {str(root / "a.jsonl"): file_digest(root / "a.jsonl")}, "max_bytes": 256, "heldout": 0.1, "inputs": {}}
     run(corpus, root, "corpora/c", spec)
     for kind in ("byte_bpe", "sentencepiece_bpe"):
         train = {"kind": kind, "vocab_size": 420, "special": ["<|extra|>"]}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stages.core import specs
+from stages.core import artifact, specs
 from tests.workflow.conftest import Project, copy_sources
 
 pytestmark = pytest.mark.workflow
@@ -90,7 +90,7 @@ def small_disk(tmp_path):
 def corpus_spec(path, max_bytes=512):
     spec = {
         "kind": "txt",
-        "files": {str(path): "0"},
+        "files": {str(path): artifact.file_digest(path)},
         "column": None,
         "messages": None,
         "train_on": "all",
