@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from stages.core.errors import UserError
-from stages.training.head import block_logits, block_size, finish_piece, pieces
+from stages.signals.schema import columns_for
+from stages.training.head import SMALL_MASS, block_buffer, block_logits, block_size, pieces
 from stages.training.models import Head, hidden_states
 
-GROUP = 16  # columns per group in the search for the likeliest tokens
+GROUP = 8  # columns per group in the search for the likeliest tokens
 SMALLEST = 1e-37  # tail masses below are kept as this: log 0 has no place in a table
 
 
@@ -56,61 +57,44 @@ def compute_signals(
     """
     weight = head.weight[: head.shape.vocab]
     bias = None if head.bias is None else head.bias[: head.shape.vocab]
-    size = block or block_size(head.shape.vocab, hidden.device)
-    parts = [
-        _block_signals(hidden[start : start + size], targets[start : start + size], weight, bias, head, wanted)
-        for start in range(0, len(hidden), size)
-    ]
-    signals = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    size = min(block or block_size(head.shape.vocab, hidden.device), len(hidden))
+    buffer = block_buffer(size, head.shape.vocab, hidden)
+    parts = []
+    for start in range(0, len(hidden), size):
+        rows = hidden[start : start + size]
+        logits, _ = block_logits(rows, weight, bias, head.shape, buffer)
+        parts.append(_block_signals(logits, targets[start : start + size], wanted))
+        _redo_small(parts[-1], rows, weight, bias, head, wanted)
+    signals = {name: torch.cat([part[name] for part in parts]) for name in columns_of(wanted)}
     signals["observed_logprob"][last] = 0
     return signals
 
 
-def _block_signals(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    head: Head,
-    wanted: Wanted,
-) -> dict[str, torch.Tensor]:
-    logits, _ = block_logits(hidden, weight, bias, head.shape)
-    parts = [
-        _piece_signals(logits[piece], hidden[piece], targets[piece], weight, bias, head, wanted)
-        for piece in pieces(logits)
-    ]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def columns_of(wanted: Wanted) -> list[str]:
+    """Return the names of the columns that are computed."""
+    return columns_for({"boundary": wanted.mask is not None, "eos": wanted.eos_id is not None, "top_k": wanted.top_k})
 
 
-def _piece_signals(
-    logits: torch.Tensor,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    head: Head,
-    wanted: Wanted,
-) -> dict[str, torch.Tensor]:
-    """Return the signals of the rows of `logits` [n, vocab], which are used up."""
+def _block_signals(logits: torch.Tensor, targets: torch.Tensor, wanted: Wanted) -> dict[str, torch.Tensor]:
+    """Return the signals of the rows of `logits` [n, vocab], which are used up, and "normaliser" [n].
+
+    Only what reads all columns runs in pieces that fit the cache; what is small runs once for all rows.
+    """
     signals = {"observed_logprob": logits.gather(1, targets[:, None])[:, 0]}
     if wanted.eos_id is not None:
         signals["eos_logprob"] = logits[:, wanted.eos_id].clone()
-    if wanted.top_k:
-        values, ids = top_k(logits, wanted.top_k)
-        top = values[:, 0].clone()
-    else:
-        top = logits.amax(-1)
-    exponentials = logits.sub_(top[:, None]).exp_()
+    passes = [_piece_sums(logits[piece], wanted) for piece in pieces(logits)]
+    top, total, mass, ids, values = (
+        torch.cat(part) if part[0] is not None else None for part in zip(*passes, strict=True)
+    )
     if wanted.top_k:
         # The mass outside the top k is summed by itself: no cancellation, as 1 - sum would have.
-        likeliest = exponentials.gather(1, ids)
-        tail = exponentials.scatter_(1, ids, 0).sum(-1)
-        exponentials.scatter_(1, ids, likeliest)
+        tail, likeliest = total, (values - top[:, None]).exp_()
         total = tail + likeliest.sum(-1)
-        signals["tail_logmass"] = torch.log(tail / total).clamp_(math.log(SMALLEST), 0)
-    else:
-        total = exponentials.sum(-1)
-    normaliser, *boundary = finish_piece(exponentials, total, top, wanted.mask)
+        signals["tail_logmass"] = (tail / total).log_().clamp_(math.log(SMALLEST), 0)
+        if wanted.mask is not None:
+            mass += (likeliest * wanted.mask[ids]).sum(-1)
+    normaliser = signals["normaliser"] = total.log().add_(top)
     for name in ("observed_logprob", "eos_logprob"):
         if name in signals:
             signals[name].sub_(normaliser).clamp_(max=0)
@@ -118,37 +102,79 @@ def _piece_signals(
         signals["topk_ids"] = ids.to(torch.int32)
         signals["topk_logprobs"] = values.sub_(normaliser[:, None]).clamp_(max=0).to(torch.float16)
     if wanted.mask is not None:
-        mass, small = boundary
-        if small.any():
-            redone, _ = block_logits(hidden[small], weight, bias, head.shape)
-            mass[small] = torch.logsumexp(redone[:, wanted.mask > 0], -1) - normaliser[small]
-        signals["boundary_logprob"] = mass
+        signals["boundary_logprob"] = mass.div_(total).clamp_(max=1).log_()
     return signals
 
 
-def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (values, ids) [n, k] of the largest logits [n, vocab], largest first.
+def _piece_sums(logits: torch.Tensor, wanted: Wanted) -> tuple[torch.Tensor | None, ...]:
+    """Return (largest logit, sum of exp, sum of exp on the mask, ids and logits of the top k) of each row.
 
-    The k largest lie in the k groups of columns with the largest maxima, so a pass for the maxima leaves
-    k * GROUP candidates to sort instead of the vocabulary.
+    Both sums are relative to the largest logit and leave out the top k. `logits` are used up.
     """
-    vocab = logits.shape[1]
-    groups = vocab // GROUP
-    if groups < 2 * k:
-        return torch.topk(logits, k, dim=1)
+    ids = values = None
+    if wanted.top_k:
+        values, ids = top_k(logits, wanted.top_k)
+        top = values[:, 0]
+        logits.scatter_(1, ids, -torch.inf)
+    else:
+        top = logits.amax(-1)
+    exponentials = logits.sub_(top[:, None]).exp_()
+    mass = None if wanted.mask is None else torch.mv(exponentials, wanted.mask)
+    return top, exponentials.sum(-1), mass, ids, values
+
+
+def _redo_small(
+    signals: dict[str, torch.Tensor],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    head: Head,
+    wanted: Wanted,
+) -> None:
+    """Compute log boundary masses that are too small to be exact from the logits of those columns alone."""
+    if wanted.mask is None:
+        return
+    small = signals["boundary_logprob"] < math.log(SMALL_MASS)
+    if small.any():
+        logits, _ = block_logits(hidden[small], weight, bias, head.shape)
+        mass = torch.logsumexp(logits[:, wanted.mask > 0], -1) - signals["normaliser"][small]
+        signals["boundary_logprob"][small] = mass
+
+
+def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (values, ids) [n, k] of the largest logits [n, vocab], largest first."""
+    ids = _largest(logits, k)
+    values, order = logits.gather(1, ids).sort(1, descending=True)
+    return values, ids.gather(1, order)
+
+
+def _largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Return int64 [n, k]: the columns of the k largest of each row of `values` [n, columns], in no order.
+
+    The k largest lie in the k groups of columns with the largest maxima, so one pass for the maxima leaves
+    k * GROUP candidates; the maxima are searched the same way.
+    """
+    columns = values.shape[1]
+    groups = columns // GROUP
+    if columns <= GROUP * k or groups < 2 * k:
+        return _select(values, k)
     # Group j holds the columns j, j + groups, ...: maxima over the outer axis are as fast as reading.
     whole = groups * GROUP
-    grouped = logits[:, :whole].unflatten(1, (GROUP, groups))
-    _, best = torch.topk(grouped.amax(1), k, dim=1, sorted=False)
-    inside = grouped.gather(2, best[:, None, :].expand(-1, GROUP, -1)).flatten(1)
-    first = torch.arange(0, whole, groups, device=logits.device)
-    ids = (first[None, :, None] + best[:, None, :]).flatten(1)
-    if vocab > whole:
-        inside = torch.cat([inside, logits[:, whole:]], 1)
-        rest = torch.arange(whole, vocab, device=logits.device)
-        ids = torch.cat([ids, rest.expand(len(logits), -1)], 1)
-    values, place = torch.topk(inside, k, dim=1)
-    return values, ids.gather(1, place)
+    best = _largest(values[:, :whole].unflatten(1, (GROUP, groups)).amax(1), k)
+    first = torch.arange(0, whole, groups, device=values.device)
+    places = (best[:, None, :] + first[None, :, None]).flatten(1)
+    if columns > whole:
+        rest = torch.arange(whole, columns, device=values.device)
+        places = torch.cat([places, rest.expand(len(values), -1)], 1)
+    return places.gather(1, _select(values.gather(1, places), k))
+
+
+def _select(values: torch.Tensor, k: int) -> torch.Tensor:
+    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
+        return torch.topk(values, k, dim=1, sorted=False).indices
+    # NumPy's vectorised selection is several times as fast as torch's on a CPU.
+    columns = values.shape[1]
+    return torch.from_numpy(np.argpartition(values.numpy(), columns - k, axis=1)[:, columns - k :])
 
 
 @torch.no_grad()
