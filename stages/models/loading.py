@@ -22,8 +22,9 @@ def load_model(
     place = str(artifact["path"].parent) if artifact else model.get("path")
     if not place:
         raise UserError(f"Model {name!r} has neither a path nor an artifact: give it a `path` in the config.")
-    place = str(Path(place).expanduser()) if Path(place).expanduser().is_dir() else place
-    _refuse_folder(name, Path(place))
+    if place.startswith(("/", "~", ".")) or Path(place).is_dir():
+        place = str(Path(place).expanduser())
+        _refuse_folder(name, Path(place))
     options: dict[str, Any] = {"trust_remote_code": bool(model.get("trust_remote_code"))}
     if not artifact:
         options["revision"] = model.get("revision")
@@ -31,7 +32,12 @@ def load_model(
         options["attn_implementation"] = model["attn_implementation"]
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True, **options
+            place,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
         )
     except SafetensorError as error:
         raise UserError(
@@ -39,12 +45,20 @@ def load_model(
             "fetch or build it again."
         ) from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Model {name!r} cannot be loaded from {place}: {first}") from None
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"Model {name!r} cannot be loaded from {place} ({first}): correct `models.{name}` in the config."
+        ) from None
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(
             f"Model {name!r}: the weights in {place} lack {some}; the folder is incomplete or no causal language model."
+        )
+    if info["mismatched_keys"]:
+        key, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"Model {name!r}: in the weights of {place} {key} is {tuple(stored)} where config.json says "
+            f"{tuple(expected)}; give the weights the config.json they were saved with."
         )
     return loaded
 
@@ -88,10 +102,10 @@ def check_length(model: PreTrainedModel, name: str, longest: int, longest_bytes:
 def _refuse_folder(name: str, folder: Path) -> None:
     """Refuse a local folder that is no model, or whose weights are pickles: to open one is to run it."""
     if not folder.is_dir():
-        return
+        raise UserError(f"Model {name!r} cannot be loaded from {folder}: there is no such folder; correct its path.")
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"Model {name!r} cannot be loaded from {folder}: there is no config.json, it is no model folder."
+            f"Model {name!r} cannot be loaded from {folder}: there is no config.json; give the folder of a saved model."
         )
     if any(folder.glob("*.safetensors")):
         return

@@ -86,7 +86,17 @@ class World:
         return f"teachers/{name}/manifest.json"
 
     def distill(
-        self, name, losses=(ALM,), train=None, loss=None, teacher="cached", signals=None, seed=3, init=None, **changes
+        self,
+        name,
+        losses=(ALM,),
+        train=None,
+        loss=None,
+        teacher="cached",
+        signals=None,
+        seed=3,
+        init=None,
+        teacher_artifact=None,
+        **changes,
     ):
         spec = {
             "model": MODEL | {"name": "student"},
@@ -99,7 +109,8 @@ class World:
         inputs = {"corpus": self.corpus, "tokenizer": self.tokenizer, "init": init or self.student}
         inputs["signals"] = signals
         inputs["teacher_tokenizer"] = self.teacher_tokenizer
-        inputs["teacher"] = self.teacher if teacher == "online" else None
+        folder = changes.get("spec", {}).get("teacher_model", {}).get("path")
+        inputs["teacher"] = (teacher_artifact or self.teacher) if teacher == "online" and not folder else None
         return self.run(
             distill.main, f"students/{name}/manifest.json", spec | changes.pop("spec", {}), **inputs | changes
         )
@@ -130,6 +141,26 @@ def test_cached_and_online_agree_and_repeat(world, signals):
     first = artifact.read_manifest(world.root / "students/cached/manifest.json")["data"]
     assert world.distill("cached", [ALM, SFT], signals=signals)["data"] == first
     assert not list((world.root / ".checkpoints").glob("*/step-*"))
+
+
+def test_online_teacher_may_be_a_folder(world):
+    world.distill("artifact", [ALM], teacher="online")
+    given = MODEL | {"path": str(world.root.parent / "weights-teacher")}
+    made = world.distill("folder", [ALM], teacher="online", spec={"teacher_model": given})
+    assert "teacher" not in made["inputs"] and world.metrics("folder") == world.metrics("artifact")
+
+
+@pytest.mark.parametrize("kind", ["unconstrained", "space", "greedy"])
+def test_same_tokenizer(world, kind):
+    """With one tokenizer for both, a student that is the teacher has nothing to learn."""
+    same = {"tokenizer": world.tokenizer, "teacher_tokenizer": world.tokenizer}
+    made = world.signals("same", shards=1, tokenizer=world.tokenizer, model=world.student)
+    loss = {"alm_diff_fn": "abs", "alm_mode": "append_space"}
+    world.distill("same", [ALM | {"chunks": kind}], loss=loss, signals=made, train={"steps": 2}, **same)
+    assert world.metrics("same")[0]["alm_unconstrained"] < 1e-5
+    other = world.model("other", 300, 9)
+    world.distill("differs", [ALM | {"chunks": kind}], loss=loss, signals=made, init=other, **same)
+    assert world.metrics("differs")[0]["alm_unconstrained"] > 1e-3
 
 
 def test_micro_batches_change_nothing(world, signals):
@@ -165,6 +196,23 @@ def test_model_opens_with_transformers(world, signals):
         "model.embed_tokens.weight",
         "lm_head.weight",
     }
+
+
+@pytest.mark.parametrize(("mode", "trains"), [("lora", "proj"), ("embeddings", "embed_tokens"), ("full", "")])
+def test_tied_models_stay_tied(world, mode, trains):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    init = world.model("tied", 300, 2, kind="qwen2", tied=True)
+    train = {"train_model_mode": mode, "train_embeddings": mode != "lora", "model_lora_rank": 2, "steps": 2}
+    made = world.distill("tied", [SFT], init=init, train=train)
+    model = AutoModelForCausalLM.from_pretrained(made["path"].parent)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    before = load_file((world.root / init).parent / "model.safetensors")
+    after = load_file(made["path"].parent / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed and all(trains in name for name in changed)
 
 
 def test_stored_type_is_kept(world, signals):

@@ -89,7 +89,13 @@ def tokenizer_artifact(root: Path, name: str, vocab_size: int, **options) -> str
 
 
 def llama(
-    folder: Path, vocab_size: int, seed: int = 0, tied: bool = False, kind: str = "llama", dtype: str = "float32"
+    folder: Path,
+    vocab_size: int,
+    seed: int = 0,
+    tied: bool = False,
+    kind: str = "llama",
+    dtype: str = "float32",
+    positions: int = 512,
 ):
     """Write a tiny random causal language model; return it."""
     import torch
@@ -105,7 +111,7 @@ def llama(
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
