@@ -1,12 +1,12 @@
 """Build a local lm-eval task from held-out text: which of four passages continues this one?"""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from stages.core import stage
 from stages.core.errors import UserError
+from stages.core.seeds import seed_of
 
 DEFAULTS = {"items": 200, "context_bytes": 256, "continuation_bytes": 64}
 
@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         for window in cloze.windows(index, text, settings["context_bytes"], settings["continuation_bytes"])
     ]
     name = job.spec["name"]
-    seed = int.from_bytes(hashlib.sha256(f"{job.spec['seed']} cloze {name}".encode()).digest()[:8], "little")
-    items = cloze.questions(pool, settings["items"], np.random.default_rng(seed))
+    generator = np.random.default_rng(seed_of(job.spec["seed"], "cloze", name))
+    items = cloze.questions(pool, settings["items"], generator)
     if len(items) < settings["items"]:
         raise UserError(
             f"Task {name!r} asks for {settings['items']} items but the held-out split gives {len(items)}: lower "

@@ -113,11 +113,9 @@ def write_shard(
 
 def encode_windows(view: "ByteView", table: "pa.Table") -> "list[EncodedBatch]":
     """Return the table's examples as token batches of WINDOW examples."""
-    windows = []
-    for start in range(0, len(table), WINDOW):
-        rows = table.slice(start, WINDOW)
-        windows.append(view.encode_examples(rows["slots"].to_pylist(), rows["ends_document"].to_pylist()))
-    return windows
+    from stages.tokenization.batches import encode_rows
+
+    return [encode_rows(view, table.slice(start, WINDOW)) for start in range(0, len(table), WINDOW)]
 
 
 def longest_example(windows: "list[EncodedBatch]", table: "pa.Table") -> tuple[int, int, str]:

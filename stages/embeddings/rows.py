@@ -1,9 +1,8 @@
 """Embedding rows from a plan: copies bit for bit, means in fp32, draws from a named generator."""
 
-import hashlib
-
 import torch
 
+from stages.core.seeds import seed_of
 from stages.embeddings.fvt import Plan
 
 BLOCK = 4096  # rows averaged at once
@@ -34,8 +33,7 @@ def assemble(embedding: torch.Tensor, plan: Plan, source_rows: int, seed: int, n
 
 def generator(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator whose stream depends on `seed` and `name` only."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(seed_of(seed, name) >> 1)
 
 
 def _means(embedding: torch.Tensor, sources: list[list[int]]) -> torch.Tensor:

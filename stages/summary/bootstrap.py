@@ -1,9 +1,10 @@
 """Paired bootstrap over documents (and seeds): is a difference between two models more than noise?"""
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+
+from stages.core.seeds import seed_of
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -27,7 +28,7 @@ class Interval:
 
 def named_generator(seed: int, name: str) -> np.random.Generator:
     """Return a generator whose stream depends on `seed` and `name` only."""
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little"))
+    return np.random.default_rng(seed_of(seed, name))
 
 
 def ratio(

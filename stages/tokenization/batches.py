@@ -1,14 +1,21 @@
-"""What is done with encoded examples: choose some, group them by length, refuse what tokens cannot say."""
+"""What is done with many examples: encode them, choose some, group them by length, refuse what tokens cannot say."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 
 from stages.core.errors import UserError
 from stages.tokenization.encoding import EncodedBatch
+from stages.tokenization.view import ByteView
 
 INEXACT_LIMIT = 0.01
+
+
+def encode_rows(view: ByteView, rows: pa.Table) -> EncodedBatch:
+    """Return the tokens of rows of a corpus (schema EXAMPLES)."""
+    return view.encode_examples(rows["slots"].to_pylist(), rows["ends_document"].to_pylist())
 
 
 def token_places(offsets: np.ndarray, examples: np.ndarray) -> np.ndarray:

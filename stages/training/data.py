@@ -1,6 +1,5 @@
 """Which examples a step sees, as packed token arrays with everything that losses read of them."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,6 +9,7 @@ import pyarrow as pa
 
 from stages.alignment.chunks import align
 from stages.core.errors import UserError
+from stages.core.seeds import seed_of
 from stages.losses import Prepared
 from stages.losses.chunks import scored_chunks
 from stages.signals.reader import Signals
@@ -73,8 +73,7 @@ class Step(NamedTuple):
 
 def generator(seed: int, *names: object) -> np.random.Generator:
     """Return the random generator of this name: the same for the same seed and names, whatever else was drawn."""
-    text = "/".join(str(part) for part in (seed, *names))
-    return np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")))
+    return np.random.Generator(np.random.Philox(seed_of(seed, *names)))
 
 
 def step_examples(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:

@@ -16,14 +16,14 @@ from stages.artifacts.tables import read_table
 from stages.core import stage
 from stages.models.export import copy_tokenizer, save_model
 from stages.models.loading import check_length, length_limit, load_model
-from stages.tokenization.batches import refuse_inexact
+from stages.tokenization.batches import encode_rows, refuse_inexact
 from stages.training.models import Head, find_head
 from stages.training.modes import merged, prepare_mode
 from stages.training.student import Student as Student
 from stages.training.trainer import Run, train, write_metrics
 
 if TYPE_CHECKING:
-    from stages.tokenization import ByteView, EncodedBatch
+    from stages.tokenization import ByteView
 
 SAMPLE = 2000  # examples encoded at once, and so many to see whether the tokenizer reproduces the text
 TEMPLATE_TOKENS = 128  # of one message, generously: header, end, and a default system prompt
@@ -43,7 +43,7 @@ def open_corpus(job: stage.Job, view: "ByteView") -> pa.Table:
     """Return a job's training examples; UserError when the tokenizer does not reproduce the text of the first ones."""
     table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)
     rows = table.slice(0, SAMPLE)
-    refuse_inexact(encoded(view, rows).exact, rows["example_id"].to_pylist(), view.name)
+    refuse_inexact(encode_rows(view, rows).exact, rows["example_id"].to_pylist(), view.name)
     return table
 
 
@@ -74,14 +74,9 @@ def refuse_long(view: "ByteView", table: pa.Table, model: PreTrainedModel, name:
     large = np.flatnonzero(most > limit)
     for start in range(0, len(large), SAMPLE):
         rows = table.take(large[start : start + SAMPLE])
-        lengths = np.diff(encoded(view, rows).offsets)
+        lengths = np.diff(encode_rows(view, rows).offsets)
         at = int(np.argmax(lengths))
         check_length(model, name, int(lengths[at]), rows["bytes"][at].as_py(), rows["example_id"][at].as_py())
-
-
-def encoded(view: "ByteView", rows: pa.Table) -> "EncodedBatch":
-    """Return the tokens of examples."""
-    return view.encode_examples(rows["slots"].to_pylist(), rows["ends_document"].to_pylist())
 
 
 def train_and_publish(job: stage.Job, run: Run, outer: nn.Module, dtype: torch.dtype) -> None:

@@ -192,9 +192,7 @@ def test_untrained_examples_are_left_out(tmp_path):
 
 def test_parquet_and_txt(tmp_path):
     pq.write_table(pa.table({"body": [row["text"] for row in documents(20)]}), tmp_path / "a.parquet")
-    found = build(tmp_path, kind="parquet", files=listed(tmp_path / "a.parquet"), column="body", heldout=0.0)[
-        "train"
-    ]
+    found = build(tmp_path, kind="parquet", files=listed(tmp_path / "a.parquet"), column="body", heldout=0.0)["train"]
     assert "".join(r["slots"][0]["text"] for r in found) == "".join(row["text"] for row in documents(20))
     text = "A line of the play.\n" * 40
     (tmp_path / "a.txt").write_text(text)

@@ -29,7 +29,13 @@ def root(tmp_path_factory) -> Path:
     """A root with a corpus and two trained tokenizers."""
     root = tmp_path_factory.mktemp("results")
     (root / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*zoo.TEXT, *TEXTS]))
-    spec = {"kind": "jsonl", "files": {str(root / "a.jsonl"): file_digest(root / "a.jsonl")}, "max_bytes": 256, "heldout": 0.1, "inputs": {}}
+    spec = {
+        "kind": "jsonl",
+        "files": {str(root / "a.jsonl"): file_digest(root / "a.jsonl")},
+        "max_bytes": 256,
+        "heldout": 0.1,
+        "inputs": {},
+    }
     run(corpus, root, "corpora/c", spec)
     for kind in ("byte_bpe", "sentencepiece_bpe"):
         train = {"kind": kind, "vocab_size": 420, "special": ["<|extra|>"]}
