@@ -20,3 +20,12 @@ def row(name: str, value: float, unit: str, target: float, baseline: str, at_mos
     holds = value <= target if at_most else value >= target
     keys = {"name": name, "value": value, "unit": unit, "target": target, "holds": bool(holds), "baseline": baseline}
     return keys | {"at_most": at_most}
+
+
+def missing(group: str, arguments, tokenizers: tuple[str, ...] = (), files: tuple[str, ...] = ()) -> bool:
+    """Say which real tokenizers or files a group of benchmarks lacks; return whether it has to be left out."""
+    paths = [arguments.tokenizers / name for name in tokenizers] + [arguments.data / name for name in files]
+    absent = [str(path) for path in paths if not path.exists()]
+    if absent:
+        print(f"{group}: left out, {', '.join(absent)} not found; name their folders with --tokenizers and --data")
+    return bool(absent)
