@@ -15,12 +15,12 @@ from tests.benchmarks.measure import missing, row
 STUDENT, TEACHER = "qwen1.5", "gpt2"
 COLUMNS = ["observed_logprob", "boundary_logprob"]
 VOCAB = 151936
-EXAMPLES, STEPS, ROUNDS = 64, 4, 2
+EXAMPLES, STEPS, ROUNDS = 64, 4, 3
 ENTRIES = {
     "sft": {"name": "sft", "module": "stages.losses.sft", "chunks": None},
     "alm": {"name": "alm_unconstrained", "module": "stages.losses.alm", "chunks": "unconstrained"},
 }
-TRAIN = {"steps": STEPS, "batch_size": 4, "max_tokens": 4096, "train_model_mode": "full", "log_interval": 1}
+TRAIN = {"steps": STEPS, "batch_size": 2, "max_tokens": 4096, "train_model_mode": "full", "log_interval": 1}
 
 
 def measure(arguments) -> list[dict]:
