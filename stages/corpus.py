@@ -133,7 +133,7 @@ class _Writer:
         from stages.artifacts.tables import schema_with
 
         self._schema = schema_with(EXAMPLES, identity)
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", write_page_checksum=True)
         self._rows: list[dict[str, Any]] = []
         self._documents: set[str] = set()
         self.examples = self.bytes = 0
@@ -161,11 +161,10 @@ class _Writer:
 
 
 def _with_progress(documents: Any) -> Any:
-    import sys
 
     from tqdm import tqdm
 
-    return tqdm(documents, desc="documents", unit="", mininterval=0.5 if sys.stderr.isatty() else 5)
+    return tqdm(documents, desc="documents", unit="")
 
 
 def _empty(job: stage.Job) -> str:

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
 
     teacher, student = (ByteView.load(job.inputs[name]["path"].parent) for name in ("teacher_tokenizer", "tokenizer"))
     with job.publish() as draft:
-        matches = list(tqdm(mine(teacher, student), desc="tokens", total=student.vocab_size, mininterval=5))
+        matches = list(tqdm(mine(teacher, student), desc="tokens", total=student.vocab_size))
         columns = [
             range(student.vocab_size),
             student.token_bytes,

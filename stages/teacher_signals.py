@@ -86,7 +86,6 @@ def write_shard(
     draft: "Draft", file: str, job: stage.Job, compute: Shard, table: "pa.Table", windows: "list[EncodedBatch]"
 ) -> None:
     """Write the shard's Parquet file and its figures."""
-    import sys
     import time
 
     from tqdm import tqdm
@@ -98,7 +97,7 @@ def write_shard(
     tokens = sum(len(batch.ids) for batch in windows)
     names = table["example_id"].to_pylist()
     started = time.time()
-    progress = tqdm(total=tokens, unit=" tokens", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 5)
+    progress = tqdm(total=tokens, unit=" tokens", unit_scale=True)
     with writing(draft.folder / file, columns_for(job.spec["needs"]), job.identity) as writer, progress:
         for number, batch in enumerate(windows):
             signals = compute.signals(batch, progress)

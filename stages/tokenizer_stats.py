@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     sample = _Sample()
     with job.publish() as draft:
         batches = read_batches(job.data("corpus", "train.parquet"), EXAMPLES, ROWS)
-        for batch in tqdm(batches, desc="batches of examples", mininterval=5):
+        for batch in tqdm(batches, desc="batches of examples"):
             rows = batch.to_pylist()
             statistics.add([row["slots"] for row in rows])
             sample.add(rows)

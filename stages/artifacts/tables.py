@@ -19,9 +19,8 @@ def schema_with(schema: pa.Schema, identity: dict[str, str]) -> pa.Schema:
 
 def write_table(path: Path, table: pa.Table, identity: dict[str, str]) -> None:
     """Write `table` as zstd Parquet with its identity. For a file inside a Draft's staging folder."""
-    pq.write_table(
-        table.replace_schema_metadata(schema_with(table.schema, identity).metadata), path, compression="zstd"
-    )
+    table = table.replace_schema_metadata(schema_with(table.schema, identity).metadata)
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
@@ -48,7 +47,7 @@ def read_batches(path: Path, schema: pa.Schema, rows: int) -> Iterator[pa.Record
 def open_table(path: Path, schema: pa.Schema) -> pq.ParquetFile:
     """Open a Parquet file and check that it has the fields of `schema`."""
     try:
-        file = pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (pa.ArrowException, OSError) as error:

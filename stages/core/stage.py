@@ -78,6 +78,7 @@ def parse(module: str, description: str | None, argv: list[str] | None = None) -
     parser.add_argument("--lineage", help="identity the artifact will carry; default: computed from spec and code")
     parser.add_argument("--log", type=Path, help="file for all output; without it, the terminal")
     arguments = parser.parse_args(argv)
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5" if sys.stderr.isatty() and not arguments.log else "5")
     # Threads that spin while they wait make torch four times slower where cores are shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.log:

@@ -20,7 +20,7 @@ def token_bits(
     """
     bits = np.zeros(len(ids))
     batches = list(length_batches(np.diff(offsets), batch_tokens))
-    with torch.inference_mode(), tqdm(total=len(offsets) - 1, desc="score", mininterval=5) as progress:
+    with torch.inference_mode(), tqdm(total=len(offsets) - 1, desc="score") as progress:
         for rows in batches:
             _score_batch(model, head, ids, offsets, scored, rows, bits)
             progress.update(len(rows))

@@ -25,7 +25,11 @@ class SignalWriter:
         # Lists are stored under their element: "input_ids.list.element".
         packed |= {f"{name}.list.element": "ZSTD" for name in self._schema.names}
         self._writer = pq.ParquetWriter(
-            path, self._schema, compression=packed, use_dictionary=["input_ids.list.element"]
+            path,
+            self._schema,
+            compression=packed,
+            use_dictionary=["input_ids.list.element"],
+            write_page_checksum=True,
         )
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
         self._error: BaseException | None = None

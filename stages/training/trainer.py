@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -122,8 +121,8 @@ class _Trainer:
 
         steps = self.settings["steps"]
         waiting = [pool.submit(self.run.collate, step) for step in range(first, min(first + LOOKAHEAD, steps))]
-        show = {"disable": not self.accelerator.is_main_process, "mininterval": 0.5 if sys.stderr.isatty() else 5}
-        with tqdm(total=steps, initial=first, unit=" steps", **show) as progress:
+        hidden = not self.accelerator.is_main_process
+        with tqdm(total=steps, initial=first, unit=" steps", disable=hidden) as progress:
             for step in range(first, steps):
                 data = waiting.pop(0).result()
                 if step + LOOKAHEAD < steps:

@@ -194,8 +194,9 @@ def stages_running(project, stage):
 
 
 def test_module_edited_while_the_job_was_queued(project):
-    remove("corpora/rows/manifest.json")(project)
-    process = run_in_background(project, "results/tiny/tokenizer_pairs/bytebpe/local/statistics/rows/manifest.json")
+    target = f"{PAIR}/statistics/rows/manifest.json"
+    remove("corpora/rows/manifest.json", target)(project)
+    process = run_in_background(project, f"results/tiny/{target}")
     wait_for(lambda: stages_running(project, "corpus"))
     edit("stages/tokenizer_stats.py", "\ndef ", "\nADDED = 1\n\n\ndef ")(project)
     output = process.communicate()[0]
