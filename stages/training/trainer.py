@@ -132,7 +132,8 @@ class _Trainer:
                 progress.update()
                 if done % self.settings["log_interval"] == 0 or done == steps:
                     self.log(done)
-                    progress.set_postfix(loss=f"{self.lines[-1]['loss']:.4f}", refresh=False)
+                    loss = f"{self.lines[-1]['loss']:.4f}"
+                    progress.set_postfix({"loss": loss, "tokens/s": self.tokens_per_second()}, refresh=False)
                 if done < steps and (stopping or done % self.settings["save_interval"] == 0):
                     self.save(done)
                 if stopping and done < steps:
@@ -249,6 +250,11 @@ class _Trainer:
         self.window = {}
         if self.accelerator.is_main_process:
             write_metrics(self.run.folder / "metrics.jsonl", self.lines)
+
+    def tokens_per_second(self) -> int:
+        """Return the speed since the line of metrics before the last, over all processes."""
+        before = self.timing[-2][1] if len(self.timing) > 1 else 0.0
+        return round(self.lines[-1]["tokens"] / max(self.timing[-1][1] - before, 1e-3))
 
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` steps. Random states of all processes go into it."""
