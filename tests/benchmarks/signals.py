@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,7 @@ def reading(folder: Path) -> list[dict]:
     from stages.signals.reader import open_signals
     from stages.signals.schema import columns_for
 
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     columns = columns_for(NEEDS)
     path = folder / "read.parquet"
     write_random(path, columns)
