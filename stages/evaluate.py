@@ -131,8 +131,10 @@ def lm_eval_tasks(
 
     suite = job.spec["suite"]
     tokenizer = AutoTokenizer.from_pretrained(job.inputs["tokenizer"]["path"].parent)
-    check_rows(model, job.spec["model"]["name"], len(tokenizer), job.inputs["tokenizer"]["path"].parent.name)
-    cut_padding(model, len(tokenizer))
+    # Not len(tokenizer), which counts tokens: ids may have holes.
+    ids = max(tokenizer.get_vocab().values()) + 1
+    check_rows(model, job.spec["model"]["name"], ids, job.inputs["tokenizer"]["path"].parent.name)
+    cut_padding(model, ids)
     built = [harness.built_task(task["path"].parent, task["spec"]["name"]) for task in job.inputs.get("tasks", [])]
     tasks = [*(suite.get("tasks") or []), *built]
     results = harness.run_tasks(model, tokenizer, tasks, manager, suite, job.spec["seed"])

@@ -16,8 +16,9 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def pytest_addoption(parser):
+    shared = "the shared folder beside the checkout"
     parser.addoption(
-        "--golden", type=Path, default=None, help="folder with golden numbers (default: tests/golden/figures)"
+        "--golden", type=Path, default=None, help=f"golden numbers (default: {shared}, else tests/golden/figures)"
     )
     parser.addoption("--tokenizers", type=Path, default=None, help="folder of real tokenizers, one folder each")
 
@@ -50,16 +51,25 @@ def data_dir() -> Path:
 def golden_folder(config) -> Path:
     given = config.getoption("--golden")
     if given is not None:
-        assert given.is_dir(), f"--golden {given} is not a folder"
+        if not given.is_dir():
+            raise pytest.UsageError(f"--golden {given} is not a folder")
         return given
     shared = SHARED / "golden"
     return shared if shared.is_dir() else REPOSITORY / "tests" / "golden" / "figures"
 
 
+def golden_file(folder: Path, name: str) -> Path:
+    """Return a file or folder of golden numbers; the test is skipped where there is none."""
+    if not (folder / name).exists():
+        pytest.skip(f"no golden {name} in {folder}: give --golden DIR with it")
+    return folder / name
+
+
 def tokenizers_folder(config) -> Path:
     given = config.getoption("--tokenizers")
     if given is not None:
-        assert given.is_dir(), f"--tokenizers {given} is not a folder"
+        if not given.is_dir():
+            raise pytest.UsageError(f"--tokenizers {given} is not a folder")
         return given
     folder = SHARED / "tokenizers"
     if not folder.is_dir():

@@ -131,8 +131,8 @@ def _probe(tokenizer: dict[str, Any], settings: dict[str, Any], function: str | 
         if loss is None:
             return name, prefixed
         losses.append(loss)
-    # The shortest difference is the one of the candidate that came closest.
-    text, back = min(losses, key=lambda loss: _distance(*loss))
+    # Of the candidate that came closest: that kept more of the probes, then that with the smaller difference.
+    text, back = min(losses, key=lambda loss: (-PROBES.index(loss[0]), _distance(*loss)))
     raise UserError(
         f"Tokenizer {settings['name']} loses text: {text!r} comes back as {back!r}; use a tokenizer that keeps every "
         "byte (byte-level BPE, or SentencePiece with byte fallback), or name its `source=` kind."
@@ -140,7 +140,10 @@ def _probe(tokenizer: dict[str, Any], settings: dict[str, Any], function: str | 
 
 
 def _first_loss(tokenizer: "Tokenizer", convert: Any, unknown: int | None) -> tuple[tuple[str, str] | None, bool]:
-    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if not token.special}
+    # As in ByteView: an added token that the model has too (Gemma's "▁▁") has the bytes of the model's.
+    own = tokenizer.get_vocab(with_added_tokens=False)
+    decoder = tokenizer.get_added_tokens_decoder()
+    added = {i: token.content for i, token in decoder.items() if not token.special and token.content not in own}
     prefixed = False
     for text in PROBES:
         ids = tokenizer.encode(text, add_special_tokens=False).ids

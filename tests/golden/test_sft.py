@@ -6,12 +6,13 @@ import numpy as np
 import torch
 
 from stages.losses import sft
+from tests.conftest import golden_file
 
 
 def test_sft(golden):
-    cases = json.loads((golden / "tokenkit_sft_uld.json").read_text())
+    cases = json.loads(golden_file(golden, "tokenkit_sft_uld.json").read_text())
     cases = [case for case in cases if case["id"].startswith("sft")]
-    z = dict(np.load(golden / "tokenkit_sft_uld.npz"))
+    z = dict(np.load(golden_file(golden, "tokenkit_sft_uld.npz")))
     ids, mask = z["input_ids"], z["loss_mask"]
     rows, length = ids.shape
     assert cases

@@ -8,21 +8,22 @@ import pytest
 from stages.alignment.statistics import SIDES, PairStatistics
 from stages.tokenization.sources import prepare, view_of
 from stages.tokenization.spec import TokenizerSpec
+from tests.conftest import golden_file
 
 
 @pytest.fixture(scope="module")
 def views(golden):
-    folders = [golden / "small_tokenizers" / side for side in SIDES]
+    folders = [golden_file(golden, f"small_tokenizers/{side}") for side in SIDES]
     return {f.name: view_of(prepare(f, TokenizerSpec(f.name, source="GPT2")), f) for f in folders}
 
 
 @pytest.fixture(scope="module")
 def arrays(golden):
-    return np.load(golden / "tokenizer_stats.npz")
+    return np.load(golden_file(golden, "tokenizer_stats.npz"))
 
 
 def test_counts(golden, views, arrays):
-    documents = json.loads((golden / "tokenizer_stats.json").read_text(encoding="utf-8"))["corpus_documents"]
+    documents = json.loads(golden_file(golden, "tokenizer_stats.json").read_text(encoding="utf-8"))["corpus_documents"]
     statistics = PairStatistics(views["teacher"], views["student"])
     for start in range(0, len(documents), 7):
         batch = documents[start : start + 7]

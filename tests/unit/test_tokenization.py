@@ -215,6 +215,13 @@ def test_generation_blocks_and_loop_controls_are_understood():
     )
 
 
+def test_added_tokens_that_are_pieces_of_the_model_keep_the_models_bytes():
+    view = zoo.views()["gemma"]
+    tokens = view.encode_texts(["a  b ▁▁"])[0]
+    run = view._tokenizer.token_to_id("▁▁")
+    assert tokens.exact and view.token_bytes[run] == b"  " and tokens.ids.tolist().count(run) == 1
+
+
 def test_lossy_tokenizers_are_refused_with_what_was_lost():
     folder = zoo.save(zoo.bert_uncased(), unk_token="[UNK]")
     with pytest.raises(UserError, match="'Hello' comes back as 'hello'"):

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from stages.tokenization.sources import load, prepare, view_of
 from stages.tokenization.spec import TokenizerSpec
@@ -62,11 +62,14 @@ def legacy_llama():
 
 
 def gemma_like():
-    """No dummy space, and whitespace runs as regular added tokens."""
+    """No dummy space, and whitespace runs as regular added tokens, some of them pieces of the model too."""
     definition = json.loads(legacy_llama().to_str())
     definition["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    model = definition["model"]
+    model["vocab"].setdefault("▁▁", len(model["vocab"]))
+    model["merges"] = [["▁", "▁"], *(merge for merge in model["merges"] if merge != ["▁", "▁"])]
     tokenizer = Tokenizer.from_str(json.dumps(definition))
-    tokenizer.add_tokens(["\n\n", "   ", "<think>"])
+    tokenizer.add_tokens(["\n\n", "   ", "<think>", AddedToken("▁▁", normalized=False)])
     return tokenizer
 
 
