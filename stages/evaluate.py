@@ -69,6 +69,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     from stages.evaluation.scoring import token_bits
     from stages.models.loading import check_length
     from stages.tokenization import ByteView
+    from stages.tokenization.batches import refuse_inexact
     from stages.training.models import find_head
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
@@ -80,6 +81,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
         )
     slots = examples["slots"].to_pylist()
     batch = view.encode_examples(slots, examples["ends_document"].to_pylist())
+    refuse_inexact(batch.exact, examples["example_id"].to_pylist(), view.name)
     scored = text_tokens(batch)
     if scored[batch.offsets[:-1]].any():
         raise UserError(f"Tokenizer {view.name} has neither a bos nor an eos token: the first token cannot be scored.")

@@ -2,7 +2,7 @@
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -114,20 +114,32 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]
         raise UserError(f"{path} cannot be read as Parquet ({reason}): it is damaged or cut off; restore it.") from None
 
 
-def _hub_rows(spec: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Load a data set of the Hub. When streamed, `sample` takes the first rows, as the rest is never seen."""
+def _hub_rows(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set of the Hub. When streamed, `sample` takes the first ones: the rest is never seen."""
     import datasets
 
     datasets.disable_progress_bars()
-    arguments = {"name": spec.get("name"), "split": spec.get("split"), "revision": spec.get("revision")}
+    arguments = {"name": spec.get("name"), "split": spec.get("split") or "train", "revision": spec.get("revision")}
+    streaming = bool(spec.get("streaming"))
+    rows: Iterable[dict[str, Any]] = _asked(
+        spec, lambda: datasets.load_dataset(spec["path"], **arguments, streaming=streaming)
+    )
+    left = iter(islice(rows, spec["sample"]) if streaming and spec.get("sample") else rows)
+    # A stream reads files, and meets the network, as it goes.
+    while (row := _asked(spec, lambda: next(left, None))) is not None:
+        yield row
+
+
+def _asked(spec: dict[str, Any], ask: Callable[[], Any]) -> Any:
+    from datasets.exceptions import DatasetsError
+
     try:
-        rows = datasets.load_dataset(spec["path"], **arguments, streaming=bool(spec.get("streaming")))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0]
+        return ask()
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"Data set {spec['path']} cannot be loaded ({reason}): check its name, split and network."
         ) from None
-    return islice(rows, spec["sample"]) if spec.get("streaming") and spec.get("sample") else rows
 
 
 def _documents(

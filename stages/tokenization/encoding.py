@@ -86,7 +86,7 @@ class _Pieces:
 
     def drop_empty(self) -> list[int]:
         """Remove texts that became no token at all (a vocabulary without these characters); return their examples."""
-        empty = [k for k, at in enumerate(self.text_at) if not len(self.ids[at])]
+        empty = {k for k, at in enumerate(self.text_at) if not len(self.ids[at])}
         if not empty:
             return []
         gone = {self.text_at[k] for k in empty}
@@ -95,7 +95,7 @@ class _Pieces:
         for name in ("example", "slot", "base", "loss", "ids"):
             setattr(self, name, [value for i, value in enumerate(getattr(self, name)) if i not in gone])
         for name in ("texts", "sizes", "prefixed", "text_at"):
-            setattr(self, name, [value for k, value in enumerate(getattr(self, name)) if k not in set(empty)])
+            setattr(self, name, [value for k, value in enumerate(getattr(self, name)) if k not in empty])
         self.text_at = [int(place[at]) for at in self.text_at]
         return lost
 

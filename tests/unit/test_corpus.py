@@ -281,6 +281,28 @@ def test_hub_data_sets(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gone cannot be loaded"):
         build(tmp_path, **hub | {"path": "gone"})
 
+    def broken_off():
+        yield from rows[:3]
+        raise ConnectionError("connection reset")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **arguments: broken_off())
+    with pytest.raises(UserError, match=r"org/set cannot be loaded \(connection reset\)"):
+        build(tmp_path, **hub, streaming=True)
+
+
+def test_a_real_data_set_through_the_hub_kind(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    rows = "".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(5))
+    (tmp_path / "set" / "train.jsonl").write_text(rows)
+    for streaming in (False, True):
+        found = build(tmp_path, kind="hub", path=str(tmp_path / "set"), split="train", streaming=streaming, heldout=0.0)
+        assert [row["slots"][0]["text"] for row in found["train"]] == [f"text number {i}" for i in range(5)]
+    with pytest.raises(UserError, match="cannot be loaded .*split"):
+        build(tmp_path, kind="hub", path=str(tmp_path / "set"), split="nosuch", heldout=0.0)
+
 
 def test_python_documents_are_real_text():
     found = python_documents()

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from stages import evaluate
@@ -15,6 +16,7 @@ from stages.tokenization import ByteView
 from stages.tokenization.batches import length_batches
 from stages.training.models import find_head
 from tests.unit import tiny
+from tests.unit import tokenizers_zoo as zoo
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +29,13 @@ def root(tmp_path_factory):
     return root
 
 
-def evaluated(root, name, corpus="docs", **suite):
+def evaluated(root, name, corpus="docs", tokenizer="t", **suite):
     spec = {
         "model": {"name": name, "path": str(root.parent / name), "dtype": "auto"},
         "suite": {"kind": "bits_per_byte", "limit": None} | suite,
         "seed": 0,
         "inputs": {
-            "tokenizer": tiny.entry("tokenizers/t/manifest.json"),
+            "tokenizer": tiny.entry(f"tokenizers/{tokenizer}/manifest.json"),
             "corpus": tiny.entry(f"corpora/{corpus}/manifest.json"),
         },
     }
@@ -108,6 +110,13 @@ def test_too_long_an_example_is_one_sentence(root):
     tiny.corpus_artifact(root, "long", documents=1, examples=1, words=900)
     with pytest.raises(UserError, match=r"tokens but model 'llama' takes at most 512: cut the corpus shorter"):
         evaluated(root, "llama", corpus="long")
+
+
+def test_text_that_the_tokenizer_cannot_write_is_one_sentence(root):
+    folder = zoo.save(zoo.word_piece(pre_tokenizers.Metaspace()), unk_token="[UNK]", eos_token="[SEP]")
+    tiny.publish(root / "tokenizers/wordpiece/manifest.json", "tokenizer", {p.name: p for p in folder.iterdir()})
+    with pytest.raises(UserError, match="does not reproduce the text of 6 of 6 examples"):
+        evaluated(root, "llama", tokenizer="wordpiece")
 
 
 def test_mean_context():
