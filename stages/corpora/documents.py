@@ -91,7 +91,7 @@ def _json_row(path: Path, number: int, offset: int, line: bytes) -> dict[str, An
     except UnicodeDecodeError as error:
         place = f"byte {offset + error.start} (line {number})"
         raise UserError(f"{path}: {place} is not UTF-8; convert the file, for instance with iconv.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: line {number} is not JSON ({error}); correct or remove the line.") from None
     if not isinstance(row, dict):
         raise UserError(f"{path}: line {number} is a JSON {type(row).__name__}, expected an object with a text column.")
@@ -167,9 +167,12 @@ def _turns(messages: Any, where: str) -> list[tuple[str, Any]]:
         if not isinstance(message, dict) or not {"role", "from"} & message.keys():
             raise UserError(f"{where}: a message has no role; expected {{role, content}}.")
         role = message.get("role") or message.get("from")
+        if not isinstance(role, str):
+            raise UserError(f"{where}: the role of a message is {role!r}, expected a name such as user or assistant.")
         content = message.get("content", message.get("value"))
         if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content)
+            parts = [(part.get("text") or "") if isinstance(part, dict) else part for part in content]
+            content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
         # A plain text is told from a chat by its role, so no turn may have that name.
         turns.append((_ROLE_NAMES.get(role, role) if role != "text" else "user", "" if content is None else content))
     return turns

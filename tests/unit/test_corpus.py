@@ -172,7 +172,7 @@ def test_chats(tmp_path, train_on, loss):
 
 
 def test_other_chat_shapes(tmp_path):
-    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"from": "gpt", "value": "ho"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, "i"]}, {"from": "gpt", "value": "ho"}]
     files = jsonl(tmp_path / "a.jsonl", {"conversation": parts})
     (row,) = build(tmp_path, kind="jsonl", files=files, messages="conversation", train_on="assistant", heldout=0.0)[
         "train"
@@ -218,6 +218,12 @@ def test_user_errors(tmp_path):
     jsonl(tmp_path / "half.jsonl", {"text": "x"})
     (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800"}\n')
     cases.append(("jsonl", "half.jsonl", {}, r"character 1 is half of a surrogate pair"))
+    jsonl(tmp_path / "role.jsonl", {"messages": [{"role": ["user"], "content": "x"}]})
+    cases.append(("jsonl", "role.jsonl", {}, r"role of a message is \['user'\]"))
+    jsonl(tmp_path / "parts.jsonl", {"messages": [{"role": "user", "content": ["x", 5]}]})
+    cases.append(("jsonl", "parts.jsonl", {}, r"found list, expected text"))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    cases.append(("jsonl", "deep.jsonl", {}, r"line 1 is not JSON"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 nothing")
     cases.append(("parquet", "cut.parquet", {}, r"cannot be read as Parquet"))
     pq.write_table(pa.table({"text": [f"text {i} " * 9 for i in range(3000)]}), tmp_path / "whole.parquet")
@@ -300,7 +306,7 @@ def test_a_real_data_set_through_the_hub_kind(tmp_path, monkeypatch):
     for streaming in (False, True):
         found = build(tmp_path, kind="hub", path=str(tmp_path / "set"), split="train", streaming=streaming, heldout=0.0)
         assert [row["slots"][0]["text"] for row in found["train"]] == [f"text number {i}" for i in range(5)]
-    with pytest.raises(UserError, match="cannot be loaded .*split"):
+    with pytest.raises(UserError, match=r"cannot be loaded .*split"):
         build(tmp_path, kind="hub", path=str(tmp_path / "set"), split="nosuch", heldout=0.0)
 
 
