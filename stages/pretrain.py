@@ -57,11 +57,14 @@ def random_model(architecture: dict[str, Any], view: "ByteView", seed: int) -> "
     kind = fields.pop("model_type", "llama")
     if kind != "llama":
         raise UserError(f"architecture.model_type is {kind!r}; pretrain makes llama models only.")
-    specials = {"bos_token_id": view.start_id, "eos_token_id": view.eos_id, "pad_token_id": view.pad_id}
+    specials = {"bos_token_id": view.start_id, "eos_token_id": view.eos_id, "pad_token_id": None}
     config = AutoConfig.for_model(kind, vocab_size=view.vocab_size, **fields, **specials)
     with torch.random.fork_rng():
         torch.manual_seed(int(generator(seed, "weights").integers(2**63)))
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Named only now: transformers would make the row of the padding token, often the start token too, zeros.
+    model.config.pad_token_id = model.generation_config.pad_token_id = view.pad_id
+    return model
 
 
 if __name__ == "__main__":

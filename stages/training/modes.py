@@ -61,6 +61,8 @@ def prepare_mode(model: PreTrainedModel, settings: dict[str, Any], seed: int) ->
     """
     if not autocasts(settings["dtype"], torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         model.float()
+    # Torch keeps a padding row from training, and that token is often the one that starts every example.
+    model.get_input_embeddings().padding_idx = None
     mode = settings["train_model_mode"]
     outer: nn.Module = model
     embeddings = {id(p) for p in _embedding_parameters(model)}

@@ -272,3 +272,6 @@ def test_pretrain(world):
     assert manifest["metrics"]["tokens"] == lines[-1]["tokens_seen"]
     spec["train"]["steps"] = 0
     assert world.run(pretrain.main, "models/zero/manifest.json", spec, corpus=world.corpus, tokenizer=world.tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(world.root / "models/zero")
+    # Drawn like the others, though transformers would make it zeros.
+    assert model.get_input_embeddings().weight[model.config.pad_token_id].norm() > 0

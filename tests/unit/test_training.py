@@ -147,6 +147,13 @@ def test_splitting_a_batch_changes_no_gradient(view, tmp_path):
         torch.testing.assert_close(whole[name], split[name], rtol=1e-4, atol=1e-6)
 
 
+def test_the_start_token_trains_even_if_it_is_the_padding_token(view, tmp_path):
+    run = make_run(view, tmp_path)
+    assert run.student.model.config.pad_token_id == view.start_id
+    found, _ = gradients(run)
+    assert found["model.model.embed_tokens.weight"][view.start_id].norm() > 0
+
+
 def test_resumed_equals_uninterrupted(view, tmp_path):
     straight = make_run(view, tmp_path / "a")
     expected = train(straight)
