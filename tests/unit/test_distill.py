@@ -258,6 +258,8 @@ def test_wrong_settings_are_refused(world, signals):
 
 
 def test_pretrain(world):
+    from transformers import AutoModelForCausalLM
+
     architecture = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     spec = {
         "architecture": architecture
