@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -44,8 +45,9 @@ def load_model(
             f"Model {name!r} cannot be loaded from {place}: its weights are damaged or cut off ({error}); "
             "fetch or build it again."
         ) from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, StrictDataclassError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = (" ".join(lines) if isinstance(error, StrictDataclassError) else lines[0]).rstrip(".")
         raise UserError(
             f"Model {name!r} cannot be loaded from {place} ({first}): correct `models.{name}` in the config."
         ) from None

@@ -42,10 +42,14 @@ def load(folder: Path) -> ByteView:
     settings = read_settings(folder)
     if settings is None:
         return view_of(prepare(folder, TokenizerSpec(str(folder))), folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
     unprefixed = None
-    if settings["prefix_space"]:
-        unprefixed = _built(without_prefix_space(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        if settings["prefix_space"]:
+            unprefixed = _built(without_prefix_space(json.loads(path.read_text(encoding="utf-8"))))
+    except Exception as error:  # the tokenizers library has no other
+        raise UserError(f"{path} cannot be read ({error}): remove {folder} and run snakemake again.") from None
     return ByteView(tokenizer, unprefixed, settings, folder)
 
 
@@ -60,7 +64,13 @@ def prepare(folder: Path, spec: TokenizerSpec) -> Prepared:
 
     UserError, naming the tokenizer, when it is not a fast tokenizer or when text does not come back.
     """
-    definition = read_definition(folder, spec.name)
+    try:
+        definition = read_definition(folder, spec.name)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"Tokenizer {spec.name}: the files in {folder} are not as transformers writes them "
+            f"({type(error).__name__}: {error}); save it with save_pretrained again."
+        ) from None
     tokenizer = definition.tokenizer
     source = kind_named(spec.source, spec.name) if spec.source else None
     kind = kind_named(spec.kind, spec.name) if spec.kind else None
@@ -144,17 +154,18 @@ def _first_loss(tokenizer: "Tokenizer", convert: Any, unknown: int | None) -> tu
     own = tokenizer.get_vocab(with_added_tokens=False)
     decoder = tokenizer.get_added_tokens_decoder()
     added = {i: token.content for i, token in decoder.items() if not token.special and token.content not in own}
-    prefixed = False
+    prefixed, kept = False, 0
     for text in PROBES:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if unknown is not None and unknown in ids:
             continue
+        kept += 1
         back = b"".join(added[i].encode() if i in added else convert(tokenizer.id_to_token(i)) for i in ids)
         if back == b" " + text.encode():
             prefixed = True
         elif back != text.encode():
             return (text, back.decode(errors="replace")), prefixed
-    return None, prefixed
+    return (None if kept else (PROBES[0], tokenizer.id_to_token(unknown))), prefixed
 
 
 def _distance(text: str, back: str) -> int:

@@ -333,4 +333,7 @@ def _text_mode(tokenizer: Tokenizer) -> Tokenizer:
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return the settings in a folder written by the tokenizer stage, None for another folder."""
     path = folder / SETTINGS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): remove {folder} and run snakemake again.") from None

@@ -81,6 +81,9 @@ def damaged(folder, how):
         (folder / "config.json").unlink()
     elif how == "json":
         (folder / "config.json").write_text("{")
+    elif how == "heads":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
     elif how == "lacking":
         tensors = load_file(weights)
         del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -100,6 +103,7 @@ def damaged(folder, how):
         ("nothing", "it has no weights"),
         ("config", "there is no config.json"),
         ("json", "config.json"),
+        ("heads", r"hidden size \(32\) is not a multiple of the number of attention heads"),
         ("lacking", r"lack model\.layers\.1\.mlp\.up_proj\.weight"),
         ("shape", r"model.norm.weight is \(7,\) where config.json says \(32,\)"),
     ],

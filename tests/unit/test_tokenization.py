@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from stages.core.errors import UserError
 from stages.tokenization import ByteView
@@ -239,6 +239,25 @@ def test_folders_without_a_fast_tokenizer_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(UserError, match="cannot be read as JSON"):
         ByteView.load(tmp_path)
+
+
+def test_damaged_folders_are_one_sentence(tmp_path):
+    folder = zoo.save(zoo.byte_level(), tmp_path, eos_token=["<|endoftext|>"])
+    with pytest.raises(UserError, match="not as transformers writes them"):
+        load(folder)
+    write(prepare(zoo.views()["legacy"].folder, TokenizerSpec("x")), folder)
+    for name in ("tokenizer.json", "byte_view.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:100] + bytes(50) + whole[150:])
+        with pytest.raises(UserError, match=rf"{name} cannot be read .*: remove"):
+            load(folder)
+        (folder / name).write_bytes(whole)
+    load(folder)
+
+
+def test_a_tokenizer_that_knows_no_probe_is_refused():
+    with pytest.raises(UserError, match=r"'Hello' comes back as '\[UNK\]'"):
+        load(zoo.save(Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), unk_token="[UNK]"))
 
 
 def test_unknown_characters_are_inexact_and_still_covered():
