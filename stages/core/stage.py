@@ -111,17 +111,11 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         status, sentence = 2, str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        status, sentence = (
-            2,
-            f"{error.strerror} ({error.filename or 'while writing'}): make room or choose another place, then run "
-            "again.",
-        )
     except Exception as error:
-        traceback.print_exc()
-        status, sentence = 1, f"{type(error).__name__}: {error}"
+        status, sentence = 2, _room_sentence(error)
+        if sentence is None:
+            traceback.print_exc()
+            status, sentence = 1, f"{type(error).__name__}: {error}"
     else:
         sys.stdout.flush()
         return
@@ -129,6 +123,18 @@ def run(main: Callable[[], None]) -> None:
     if not os.path.sameopenfile(terminal.fileno(), sys.stderr.fileno()):
         print(f"error: {sentence}", file=terminal, flush=True)
     sys.exit(status)
+
+
+def _room_sentence(error: Exception) -> str | None:
+    """Return the sentence for a place that is full or closed to writing; libraries have own types for the first."""
+    full = "No space left on device"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        what, where = error.strerror, error.filename or "while writing"
+    elif full in str(error):
+        what, where = full, "while writing"
+    else:
+        return None
+    return f"{what} ({where}): make room or choose another place, then run again."
 
 
 def _open(root: Path, entry: Any) -> Any:

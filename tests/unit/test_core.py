@@ -159,3 +159,27 @@ stage.run(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: No corpus.\n")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "sentence"),
+    [
+        (
+            "OSError(28, 'No space left on device', 'x.parquet')",
+            2,
+            "error: No space left on device (x.parquet): make room",
+        ),
+        (
+            "RuntimeError('I/O error: No space left on device (os error 28)')",
+            2,
+            "error: No space left on device (while",
+        ),
+        ("KeyError('x')", 1, "error: KeyError: 'x'"),
+        ("OSError(5, 'Input/output error')", 1, "error: OSError: [Errno 5] Input/output error"),
+    ],
+)
+def test_last_line_of_a_program_says_what_ended_it(tmp_path, raised, status, sentence):
+    program = f"from stages.core import stage\ndef main():\n    raise {raised}\nstage.run(main)\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stderr.splitlines()[-1].startswith(sentence)
