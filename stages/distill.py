@@ -139,7 +139,7 @@ def open_index(job: stage.Job, index: dict[str, Any], needs: "Needs", example_id
             found = "is missing" if size is None else f"holds {size} bytes instead of {part['bytes']}"
             raise UserError(f"{path} {found}: run `snakemake --cores all`, which builds it again.")
         paths.append(path)
-    signals = open_signals(paths, sorted(needs.teacher), index["needs"].get("top_k", 0), job.checkpoints() / "signals")
+    signals = open_signals(paths, sorted(needs.teacher), job.checkpoints() / "signals")
     if signals.example_ids != example_ids:
         raise UserError(
             f"The teacher signals in {home} hold {signals.count} examples in another order or number than the "

@@ -8,15 +8,21 @@ on top:
     check(options) -> None
         Raise UserError for a setting this method does not know. Called once, before any model is loaded.
     needs(options) -> Needs
-        What it reads of the teacher's signals, and which statistics of the student's head.
+        What it reads of the teacher, of the two tokenizers and of the student.
     prepare(examples, options) -> Prepared
         NumPy, before the student's forward pass and in a background thread: everything that depends on tokens and
         teacher only. `Prepared.count` is this micro-batch's share of the denominator: it is summed over all
         micro-batches and processes before the first backward pass, so that splitting a batch changes nothing.
     loss(student, arrays, options) -> (sum, {name: sum})
-        Torch. `student` maps the statistics named by `needs` to float32 tensors [tokens] (row i predicts token
-        i + 1 of the flat micro-batch), and "hidden" to [tokens, hidden size] where asked for; `arrays` is
-        `Prepared.arrays` as tensors. Returns the un-normalised loss and diagnostics, normalised like the loss.
+        Torch. `student` maps what `needs` names to tensors (row i predicts token i + 1 of the flat micro-batch);
+        `arrays` is `Prepared.arrays` as tensors. Returns the un-normalised loss and diagnostics, normalised like the
+        loss.
+
+A loss with weights of its own has a fifth:
+
+    projectors(options, sides, generator) -> torch.nn.Module
+        Made once and trained with the student; `sides` holds the two heads ("student", "teacher"). `loss` finds the
+        module as student["projectors"].
 """
 
 from dataclasses import dataclass, field
@@ -30,11 +36,31 @@ class Needs:
     """What a loss reads.
 
     `teacher`: columns of the teacher signals; empty means that no teacher runs and none is aligned.
-    `student`: statistics of the student's head: observed_logprob, boundary_logprob, eos_logprob, hidden.
+    `student`: of these, float32 and by flat token [N] or [N, d]: observed_logprob, boundary_logprob, eos_logprob
+    (statistics of the head at `Prepared.rows`), hidden (the state that the head reads), hidden_states [N, L + 1, d]
+    (of every layer, the embedding first); head (the `Head` itself).
+    `pair`: parts of the pair of tokenizers (`stages.alignment.pair.Pair`): mapping, reverse, projection, bias, bytes.
+    `teacher_head`: whether the teacher's output layer and embedding are at hand, as student["teacher_head"].
     """
 
     teacher: frozenset[str] = frozenset()
     student: frozenset[str] = frozenset()
+    pair: frozenset[str] = frozenset()
+    teacher_head: bool = False
+
+
+@dataclass(frozen=True)
+class Query:
+    """Tokens whose log-probabilities a loss reads of the student's distribution, at a temperature.
+
+    `rows` int64 [R]; `candidates` int64 [R, m] asks for these tokens, student["candidate_logprob"] [R, m]; `top_k` for
+    the likeliest ones, student["topk_logprob"] and student["topk_ids"] [R, k], likeliest first.
+    """
+
+    rows: np.ndarray
+    candidates: np.ndarray
+    top_k: int = 0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,9 +68,10 @@ class Prepared:
     """One micro-batch's constants of one loss.
 
     `count`: its share of the denominator. `rows`: int64, the student rows whose head statistics the loss reads.
-    `arrays`: NumPy arrays that `loss` gets as tensors.
+    `arrays`: NumPy arrays that `loss` gets as tensors. `query`: what it asks of the student's distribution.
     """
 
     count: float
     rows: np.ndarray
     arrays: dict[str, Any] = field(default_factory=dict)
+    query: Query | None = None

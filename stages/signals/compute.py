@@ -7,36 +7,51 @@ import numpy as np
 import torch
 
 from stages.core.errors import UserError
-from stages.signals.schema import columns_for
+from stages.signals.schema import BFLOAT16, NO_NEEDS, columns_for, normaliser_column, to_float32
 from stages.training.head import SMALL_MASS, block_buffer, block_logits, block_size, pieces
-from stages.training.models import Head, hidden_states
+from stages.training.models import Head, hidden_states, layer_states
+from stages.training.top_k import top_k
 
-GROUP = 8  # columns per group in the search for the likeliest tokens
 SMALLEST = 1e-37  # tail masses below are kept as this: log 0 has no place in a table
 
 
 class Wanted(NamedTuple):
-    """What is computed: `mask` float32 [vocab] of boundary tokens or None, `eos_id` or None, `top_k` 0 for none."""
+    """What is computed: `needs` as in `schema.NO_NEEDS`, with what it takes.
 
+    `mask` float32 [vocab] of boundary tokens or None; `source`: the generator that samples are drawn from.
+    """
+
+    needs: dict[str, Any]
     mask: torch.Tensor | None
     eos_id: int | None
-    top_k: int
+    source: torch.Generator | None = None
+
+    @property
+    def top_k(self) -> int:
+        """How many of the likeliest tokens are kept."""
+        return self.needs["top_k"]
 
 
-def wanted_signals(needs: dict[str, Any], boundary: np.ndarray, eos_id: int | None, device: torch.device) -> Wanted:
-    """Return Wanted for settings {"boundary", "eos", "top_k"}, a boundary mask bool [vocab] and the eos id.
+def wanted_signals(
+    needs: dict[str, Any], boundary: np.ndarray, eos_id: int | None, device: torch.device, seed: int = 0
+) -> Wanted:
+    """Return Wanted for settings as in `schema.NO_NEEDS`, a boundary mask bool [vocab] and the eos id.
 
-    UserError when eos is asked of a tokenizer without one, or more top-k than there are ids.
+    `seed` is that of the samples. UserError when eos is asked of a tokenizer without one, or more top-k than there are
+    ids.
     """
-    if needs.get("eos") and eos_id is None:
+    needs = NO_NEEDS | needs
+    if needs["eos"] and eos_id is None:
         raise UserError(
             "The teacher's tokenizer names no end-of-sequence token, which the losses ask for: set its eos."
         )
-    mask = torch.as_tensor(boundary, dtype=torch.float32, device=device) if needs.get("boundary") else None
-    top_k = int(needs.get("top_k") or 0)
-    if top_k > len(boundary):
-        raise UserError(f"top_k is {top_k} but the teacher's tokenizer has {len(boundary)} ids: ask for fewer.")
-    return Wanted(mask, eos_id if needs.get("eos") else None, top_k)
+    if needs["top_k"] > len(boundary):
+        raise UserError(
+            f"top_k is {needs['top_k']} but the teacher's tokenizer has {len(boundary)} ids: ask for fewer."
+        )
+    mask = torch.as_tensor(boundary, dtype=torch.float32, device=device) if needs["boundary"] else None
+    source = torch.Generator(device).manual_seed(seed % 2**63) if needs["samples"] else None
+    return Wanted(needs, mask, eos_id if needs["eos"] else None, source)
 
 
 @torch.no_grad()
@@ -50,7 +65,7 @@ def compute_signals(
 ) -> dict[str, torch.Tensor]:
     """Return the signal columns, [N] or [N, k], on the device of `hidden` [N, d].
 
-    They are float32; top-k ids are int32 and top-k log-probabilities float16.
+    They are float32; ids are int32 and top-k log-probabilities float16. Those of hidden states are not among them.
 
     `targets` int64 [N]: the token that follows each row; `last` int64: rows that nothing follows, whose
     observed_logprob becomes 0.
@@ -65,14 +80,10 @@ def compute_signals(
         logits, _ = block_logits(rows, weight, bias, head.shape, buffer)
         parts.append(_block_signals(logits, targets[start : start + size], wanted))
         _redo_small(parts[-1], rows, weight, bias, head, wanted)
-    signals = {name: torch.cat([part[name] for part in parts]) for name in columns_of(wanted)}
+    columns = columns_for(wanted.needs | {"hidden": False, "hidden_states": False})
+    signals = {name: torch.cat([part[name] for part in parts]) for name in columns}
     signals["observed_logprob"][last] = 0
     return signals
-
-
-def columns_of(wanted: Wanted) -> list[str]:
-    """Return the names of the columns that are computed."""
-    return columns_for({"boundary": wanted.mask is not None, "eos": wanted.eos_id is not None, "top_k": wanted.top_k})
 
 
 def _block_signals(logits: torch.Tensor, targets: torch.Tensor, wanted: Wanted) -> dict[str, torch.Tensor]:
@@ -83,6 +94,12 @@ def _block_signals(logits: torch.Tensor, targets: torch.Tensor, wanted: Wanted) 
     signals = {"observed_logprob": logits.gather(1, targets[:, None])[:, 0]}
     if wanted.eos_id is not None:
         signals["eos_logprob"] = logits[:, wanted.eos_id].clone()
+    for temperature in wanted.needs["temperatures"]:
+        tempered = [torch.logsumexp(logits[piece] / temperature, -1) for piece in pieces(logits)]
+        signals[normaliser_column(temperature)] = torch.cat(tempered)
+    if wanted.source is not None:
+        draws = [_draw(logits[piece], wanted) for piece in pieces(logits)]
+        signals["sample_ids"] = torch.cat(draws)
     passes = [_piece_sums(logits[piece], wanted) for piece in pieces(logits)]
     top, total, mass, ids, values = (
         torch.cat(part) if part[0] is not None else None for part in zip(*passes, strict=True)
@@ -95,6 +112,8 @@ def _block_signals(logits: torch.Tensor, targets: torch.Tensor, wanted: Wanted) 
         if wanted.mask is not None:
             mass += (likeliest * wanted.mask[ids]).sum(-1)
     normaliser = signals["normaliser"] = total.log().add_(top)
+    for temperature in wanted.needs["temperatures"]:
+        signals[normaliser_column(temperature)].sub_(normaliser / temperature)
     for name in ("observed_logprob", "eos_logprob"):
         if name in signals:
             signals[name].sub_(normaliser).clamp_(max=0)
@@ -104,6 +123,12 @@ def _block_signals(logits: torch.Tensor, targets: torch.Tensor, wanted: Wanted) 
     if wanted.mask is not None:
         signals["boundary_logprob"] = mass.div_(total).clamp_(max=1).log_()
     return signals
+
+
+def _draw(logits: torch.Tensor, wanted: Wanted) -> torch.Tensor:
+    """Return int32 [n, samples]: tokens drawn from each row's distribution, with replacement."""
+    drawn = torch.multinomial(torch.softmax(logits, -1), wanted.needs["samples"], True, generator=wanted.source)
+    return drawn.to(torch.int32)
 
 
 def _piece_sums(logits: torch.Tensor, wanted: Wanted) -> tuple[torch.Tensor | None, ...]:
@@ -141,42 +166,6 @@ def _redo_small(
         signals["boundary_logprob"][small] = mass
 
 
-def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (values, ids) [n, k] of the largest logits [n, vocab], largest first."""
-    ids = _largest(logits, k)
-    values, order = logits.gather(1, ids).sort(1, descending=True)
-    return values, ids.gather(1, order)
-
-
-def _largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Return int64 [n, k]: the columns of the k largest of each row of `values` [n, columns], in no order.
-
-    The k largest lie in the k groups of columns with the largest maxima, so one pass for the maxima leaves
-    k * GROUP candidates; the maxima are searched the same way.
-    """
-    columns = values.shape[1]
-    groups = columns // GROUP
-    if columns <= GROUP * k or groups < 2 * k:
-        return _select(values, k)
-    # Group j holds the columns j, j + groups, ...: maxima over the outer axis are as fast as reading.
-    whole = groups * GROUP
-    best = _largest(values[:, :whole].unflatten(1, (GROUP, groups)).amax(1), k)
-    first = torch.arange(0, whole, groups, device=values.device)
-    places = (best[:, None, :] + first[None, :, None]).flatten(1)
-    if columns > whole:
-        rest = torch.arange(whole, columns, device=values.device)
-        places = torch.cat([places, rest.expand(len(values), -1)], 1)
-    return places.gather(1, _select(values.gather(1, places), k))
-
-
-def _select(values: torch.Tensor, k: int) -> torch.Tensor:
-    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
-        return torch.topk(values, k, dim=1, sorted=False).indices
-    # NumPy's vectorised selection is several times as fast as torch's on a CPU.
-    columns = values.shape[1]
-    return torch.from_numpy(np.argpartition(values.numpy(), columns - k, axis=1)[:, columns - k :])
-
-
 @torch.no_grad()
 def teacher_pass(
     body: torch.nn.Module, head: Head, ids: np.ndarray, offsets: np.ndarray, examples: np.ndarray, wanted: Wanted
@@ -196,14 +185,25 @@ def teacher_pass(
     targets = torch.from_numpy(np.roll(padded, -1, axis=1)[within]).to(device)
     index = torch.from_numpy(np.flatnonzero(within)).to(device)
     last = torch.from_numpy(np.cumsum(lengths) - 1).to(device)
-    hidden = hidden_states(body, flat.to(device), None, index)
+    layers = layer_states(body, flat.to(device), None, index) if wanted.needs["hidden_states"] else None
+    hidden = hidden_states(body, flat.to(device), None, index) if layers is None else layers[:, -1]
     signals = compute_signals(hidden, head, targets, last, wanted)
+    if wanted.needs["hidden"]:
+        signals["hidden"] = _bits(hidden)
+    if layers is not None:
+        signals["hidden_states"] = _bits(layers.flatten(1))
     return {name: value.cpu().numpy() for name, value in signals.items()}
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Return the bits of values in bfloat16, which NumPy does not have; infinity where they overflow."""
+    return values.to(torch.bfloat16).view(torch.uint16)
 
 
 def check_finite(signals: dict[str, np.ndarray], offsets: np.ndarray, example_ids: list[str], model: str) -> None:
     """Refuse signals that are not finite, naming the first example: the teacher's weights or its type are at fault."""
     for name, values in signals.items():
+        values = to_float32(values) if values.dtype == BFLOAT16 else values
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             row = int(np.argmax(~np.isfinite(values).reshape(len(values), -1).all(-1)))
             first = float(values.reshape(len(values), -1)[row, 0])

@@ -32,7 +32,7 @@ class Signals:
     flat arrays. Made by `open_signals`.
     """
 
-    def __init__(self, tables: Sequence[pa.Table], columns: Sequence[str], top_k: int) -> None:
+    def __init__(self, tables: Sequence[pa.Table], columns: Sequence[str]) -> None:
         self.columns = list(columns)
         self._parts: list[_Part] = []
         self.example_ids: list[str] = []
@@ -40,7 +40,7 @@ class Signals:
         for table in tables:
             for batch in table.to_batches():
                 if batch.num_rows:
-                    self._parts.append(_part(batch, first, self.columns, top_k))
+                    self._parts.append(_part(batch, first, self.columns))
                     self.example_ids += batch.column("example_id").to_pylist()
                     first += batch.num_rows
         self.count = first
@@ -57,11 +57,12 @@ class Signals:
         """Return several examples, concatenated in the order given; `exact` has one entry per example."""
         examples = [self.rows(int(index)) for index in indices]
         names = ["input_ids", *self.columns]
-        joined = {name: np.concatenate([example[name] for example in examples]) for name in names}
+        filled = [example for example in examples if len(example["input_ids"])] or examples[:1]
+        joined = {name: np.concatenate([example[name] for example in filled]) for name in names}
         return joined | {"exact": np.array([example["exact"] for example in examples])}
 
 
-def open_signals(paths: Sequence[Path], columns: Sequence[str], top_k: int = 0, cache: Path | None = None) -> Signals:
+def open_signals(paths: Sequence[Path], columns: Sequence[str], cache: Path | None = None) -> Signals:
     """Open the shards of one teacher and corpus, in order, for random access to `columns`.
 
     Small signals are held in memory. Larger ones are decoded once into files in `cache` and mapped from there.
@@ -89,7 +90,7 @@ def open_signals(paths: Sequence[Path], columns: Sequence[str], top_k: int = 0, 
     finally:
         for file in files:
             file.close()
-    return Signals(tables, columns, top_k)
+    return Signals(tables, columns)
 
 
 def _decoded_size(file: pq.ParquetFile, names: Sequence[str]) -> int:
@@ -116,7 +117,7 @@ def _mapped(file: pq.ParquetFile, names: list[str], path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _part(batch: pa.RecordBatch, first: int, columns: Sequence[str], top_k: int) -> _Part:
+def _part(batch: pa.RecordBatch, first: int, columns: Sequence[str]) -> _Part:
     ids = batch.column("input_ids")
     offsets = ids.offsets.to_numpy().astype(np.int64)
     start = offsets[0]
@@ -125,7 +126,7 @@ def _part(batch: pa.RecordBatch, first: int, columns: Sequence[str], top_k: int)
     for name in columns:
         column = batch.column(name)
         if name in BLOCKS:
-            values[name] = _block(column, BLOCKS[name], top_k)
+            values[name] = _block(column, name, int(offsets[-1]))
         else:
             bounds = column.offsets
             values[name] = column.values.to_numpy()[bounds[0].as_py() : bounds[-1].as_py()]
@@ -137,8 +138,13 @@ def _part(batch: pa.RecordBatch, first: int, columns: Sequence[str], top_k: int)
     return _Part(first, offsets, exact, values)
 
 
-def _block(column: pa.LargeBinaryArray, dtype: np.dtype, top_k: int) -> np.ndarray:
+def _block(column: pa.LargeBinaryArray, name: str, tokens: int) -> np.ndarray:
+    """Return the values of a block column as [tokens, width]."""
     _, ends, data = column.buffers()
     bounds = np.frombuffer(ends, np.int64)[column.offset : column.offset + len(column) + 1]
-    raw = np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]]
-    return raw.view(dtype).reshape(-1, top_k)
+    values = np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]].view(BLOCKS[name])
+    if not tokens or len(values) % tokens:
+        if tokens or len(values):
+            raise UserError(f"Teacher signals hold {len(values)} values of {name} for {tokens} tokens: rebuild them.")
+        return values.reshape(0, 0)
+    return values.reshape(tokens, -1)

@@ -5,6 +5,7 @@ arXiv 2411.09009, with more than one output). Kept for the backward pass: the hi
 per token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +47,8 @@ def head_statistics(
     of the weight that are real; the others are padding and take no part. `block`: tokens at a time. Products run in
     autocast's type if autocast is on, else in the type of `hidden`; everything after them in float32.
     """
-    kind = hidden.device.type
     vocab = weight.shape[0] if vocab is None else vocab
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    compute = compute_dtype(hidden)
     shape = Shape(vocab, float(scale), float(softcap) if softcap else None)
     mask = None if boundary_mask is None else boundary_mask.to(torch.float32)
     size = block or block_size(vocab, hidden.device)
@@ -59,6 +59,12 @@ def head_statistics(
     if eos_id is not None:
         result["eos_logprob"] = eos
     return result
+
+
+def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Return the type that products with `hidden` run in: autocast's if it is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def block_size(vocab: int, device: torch.device) -> int:
@@ -184,38 +190,58 @@ class _HeadStatistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, mask, normaliser, boundary = ctx.saved_tensors
         eos_id, shape, block, compute = ctx.settings
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        rows = weight[: shape.vocab].to(compute)
-        offsets = None if bias is None else bias[: shape.vocab].to(compute)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=_accumulator(weight)) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        buffer = block_buffer(min(block, len(hidden)), shape.vocab, hidden)
-        for start in range(0, hidden.shape[0], block):
-            part = slice(start, min(start + block, hidden.shape[0]))
-            inputs = hidden[part].to(compute)
-            slope, capped = block_logits(inputs, rows, offsets, shape, buffer)
-            for piece in pieces(slope):
-                at = slice(start + piece.start, start + piece.stop)
-                saved = (targets[at], mask, normaliser[at], None if boundary is None else boundary[at])
-                wanted = [None if gradient is None else gradient[at] for gradient in gradients]
-                _logit_gradient(slope[piece], wanted, *saved, eos_id)
-                if capped is not None:
-                    slope[piece].mul_(capped[piece].square_().neg_().add_(1))
-            if shape.scale != 1.0:
-                slope.mul_(shape.scale)
-            if grad_bias is not None:
-                grad_bias[: shape.vocab] += slope.sum(0)
-            slope = slope.to(compute)
-            if grad_hidden is not None:
-                grad_hidden[part] = slope @ rows
-            if grad_weight is not None:
-                _add_product(grad_weight[: shape.vocab], slope.T, inputs)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+
+        def slope_of(logits: torch.Tensor, at: slice) -> None:
+            saved = (targets[at], mask, normaliser[at], None if boundary is None else boundary[at])
+            _logit_gradient(logits, [None if g is None else g[at] for g in gradients], *saved, eos_id)
+
+        found = backward_blocks(hidden, weight, bias, shape, block, compute, ctx.needs_input_grad[:3], slope_of)
+        return *found, None, None, None, None, None, None
+
+
+def backward_blocks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: Shape,
+    block: int,
+    compute: torch.dtype,
+    needed: tuple[bool, ...],
+    slope_of: Callable[[torch.Tensor, slice], None],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of hidden states, weight and bias (None where not `needed`), logits made again in blocks.
+
+    `slope_of(logits, rows)` puts the gradient of the logits in their place; it gets a few rows [n, vocab] at a time.
+    """
+    need_hidden, need_weight, need_bias = needed
+    rows = weight[: shape.vocab].to(compute)
+    offsets = None if bias is None else bias[: shape.vocab].to(compute)
+    grad_hidden = torch.empty_like(hidden) if need_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=_accumulator(weight)) if need_weight else None
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+    buffer = block_buffer(min(block, len(hidden)), shape.vocab, hidden)
+    for start in range(0, len(hidden), block):
+        part = slice(start, min(start + block, len(hidden)))
+        inputs = hidden[part].to(compute)
+        slope, capped = block_logits(inputs, rows, offsets, shape, buffer)
+        for piece in pieces(slope):
+            slope_of(slope[piece], slice(start + piece.start, start + piece.stop))
+            if capped is not None:
+                slope[piece].mul_(capped[piece].square_().neg_().add_(1))
+        if shape.scale != 1.0:
+            slope.mul_(shape.scale)
         if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+            grad_bias[: shape.vocab] += slope.sum(0)
+        slope = slope.to(compute)
+        if grad_hidden is not None:
+            grad_hidden[part] = slope @ rows
+        if grad_weight is not None:
+            add_product(grad_weight[: shape.vocab], slope.T, inputs)
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
 
 
 def _logit_gradient(
@@ -258,7 +284,7 @@ def _accumulator(weight: torch.Tensor) -> torch.dtype:
     return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add left @ right to `total` in place."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)

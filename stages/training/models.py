@@ -1,6 +1,7 @@
 """How causal language models make logits of hidden states."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -8,6 +9,8 @@ from transformers import PreTrainedModel
 
 from stages.core.errors import UserError
 from stages.models.loading import check_rows
+from stages.training.dense import RowLoss, dense_loss
+from stages.training.distribution import Chosen, head_distribution
 from stages.training.head import Shape, block_logits, head_statistics
 
 CHECK_TOKENS = 12
@@ -37,6 +40,30 @@ class Head:
         shape = self.shape
         settings = (shape.vocab, self.bias, shape.softcap, shape.scale)
         return head_statistics(hidden, self.weight, targets, mask, eos_id, *settings)
+
+    def distribution(
+        self, hidden: torch.Tensor, candidates: torch.Tensor, likeliest: int, temperature: float
+    ) -> Chosen:
+        """Return `head_distribution` of hidden states [N, d]."""
+        return head_distribution(hidden, self.weight, candidates, likeliest, self.shape, self.bias, temperature)
+
+    def dense(self, function: RowLoss, hidden: torch.Tensor, constants: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return `dense_loss` of hidden states [N, d]: a sum over rows of a function of their logits."""
+        return dense_loss(function, hidden, self.weight, self.shape, constants, self.bias)
+
+
+class Side(NamedTuple):
+    """A model as losses see it: its output layer, and `embed`, which makes vectors [n, d] of token ids [n]."""
+
+    head: Head
+    embed: nn.Module
+
+
+class Sides(NamedTuple):
+    """The two models of a distillation; `teacher` is None where no loss reads its matrices."""
+
+    student: Side
+    teacher: Side | None
 
 
 def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -86,6 +113,18 @@ def hidden_states(
     """
     output = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     return output.last_hidden_state.flatten(0, 1).index_select(0, index)
+
+
+def layer_states(
+    body: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor | None, index: torch.Tensor
+) -> torch.Tensor:
+    """Return the states of every layer [n, L + 1, d], the embedding first and the last after the last norm.
+
+    Arguments as of `hidden_states`.
+    """
+    output = body(input_ids=input_ids, position_ids=position_ids, use_cache=False, output_hidden_states=True)
+    states = [*output.hidden_states[:-1], output.last_hidden_state]
+    return torch.stack([state.flatten(0, 1).index_select(0, index) for state in states], 1)
 
 
 @torch.no_grad()

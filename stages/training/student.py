@@ -1,5 +1,6 @@
 """The module that is trained: a model's body and the statistics of its head, in one forward pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,20 +8,31 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.training.models import Head, body_of, hidden_states
+from stages.training.head import STATISTICS
+from stages.training.models import Head, Side, Sides, body_of, hidden_states, layer_states
 
 
 class Student(nn.Module):
     """A causal language model whose forward pass returns token statistics instead of logits.
 
-    `asked`: the statistics that the losses read. `boundary` bool [vocab] and `eos_id` as in `head_statistics`. Losses
-    do not touch the model, so that data-parallel wrappers around this module see the whole forward pass.
+    `asked`: what the losses read (`losses.Needs.student`). `boundary` bool [vocab] and `eos_id` as in
+    `head_statistics`. `projectors`: the weights that losses have of their own, by the loss's name; trained, never
+    exported. `teacher`: the teacher's side for losses that read it; not a part of the module.
     """
 
     def __init__(
-        self, model: PreTrainedModel, head: Head, asked: frozenset[str], boundary: np.ndarray | None, eos_id: int | None
+        self,
+        model: PreTrainedModel,
+        head: Head,
+        asked: frozenset[str],
+        boundary: np.ndarray | None,
+        eos_id: int | None,
+        projectors: dict[str, nn.Module] | None = None,
+        teacher: Side | None = None,
     ) -> None:
         super().__init__()
+        self.sides = Sides(Side(head, model.get_input_embeddings()), teacher)
+        self.projectors = nn.ModuleDict(projectors or {})
         self.model = model
         self.head = head
         self.asked = asked
@@ -36,20 +48,26 @@ class Student(nn.Module):
         index: torch.Tensor,
         rows: torch.Tensor,
         targets: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """Return each asked statistic, [N] over the flat tokens, 0 outside `rows`.
+        queries: Sequence[tuple[torch.Tensor, torch.Tensor, int, float]] = (),
+    ) -> dict[str, Any]:
+        """Return "hidden" [N, d] over the flat tokens, each asked statistic [N], 0 outside `rows`, and "chosen".
 
         `index` int64 [N]: places of the tokens in input_ids [rows, length]; `rows` int64: flat tokens whose
-        statistics are read; `targets` int64, as long as `rows`: the token that follows each.
+        statistics are read; `targets` int64, as long as `rows`: the token that follows each. `queries`: (rows,
+        candidates, top_k, temperature) as in `losses.Query`; "chosen" has a `Chosen` for each.
         """
-        hidden = hidden_states(body_of(self.model), input_ids, positions, index)
-        used = hidden if len(rows) == len(index) else hidden.index_select(0, rows)
-        found = self.head.statistics(used, targets, self.boundary, self.eos_id)
-        result: dict[str, Any] = {}
-        for name in self.asked - {"hidden"}:
-            values = found[name]
-            full = values.new_zeros(len(index))
-            result[name] = values if len(rows) == len(index) else full.index_copy(0, rows, values)
-        if "hidden" in self.asked:
-            result["hidden"] = hidden
-        return result
+        body, result = body_of(self.model), {}
+        if "hidden_states" in self.asked:
+            result["hidden_states"] = layer_states(body, input_ids, positions, index)
+            hidden = result["hidden_states"][:, -1]
+        else:
+            hidden = hidden_states(body, input_ids, positions, index)
+        if self.asked & set(STATISTICS):
+            used = hidden if len(rows) == len(index) else hidden.index_select(0, rows)
+            found = self.head.statistics(used, targets, self.boundary, self.eos_id)
+            for name in self.asked & set(STATISTICS):
+                values = found[name]
+                full = values.new_zeros(len(index))
+                result[name] = values if len(rows) == len(index) else full.index_copy(0, rows, values)
+        chosen = [self.head.distribution(hidden.index_select(0, places), *asked) for places, *asked in queries]
+        return result | {"hidden": hidden, "chosen": chosen}

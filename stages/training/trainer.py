@@ -188,6 +188,22 @@ class _Trainer:
 
     def backward(self, batch: MicroBatch, counts: dict[str, float], weight: float) -> torch.Tensor:
         """Add the micro-batch's gradient; return float64 sums: each loss and its diagnostics."""
+        values, sums = self.losses(batch, counts)
+        total = sum((loss.weight * value for loss, value in zip(self.run.losses, values, strict=True)), self.nothing())
+        if weight == 0.0:
+            total = total * 0.0
+        # Data-parallel wrappers average gradients over processes; the counts are already global.
+        (total * self.accelerator.num_processes).backward()
+        return torch.stack([value.double().cpu() for value in sums]) * weight
+
+    def nothing(self) -> torch.Tensor:
+        """Return 0 with a zero gradient in every weight that a loss may leave out, for wrappers that wait for it."""
+        student = self.run.student
+        unsure = [student.head.weight, *student.projectors.parameters()]
+        return sum((p.sum() * 0.0 for p in unsure if p.requires_grad), torch.zeros((), device=self.accelerator.device))
+
+    def losses(self, batch: MicroBatch, counts: dict[str, float]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return each loss divided by its count over the step, and the detached sums: each loss, its diagnostics."""
         device = self.accelerator.device
         place = lambda array: torch.as_tensor(array).to(device, non_blocking=True)  # noqa: E731
         student = batch.examples.student
@@ -196,21 +212,25 @@ class _Trainer:
             rows = np.zeros(1, np.int64)
         targets = np.append(student.ids[1:], 0)[rows].astype(np.int64)
         positions = None if batch.positions is None else place(batch.positions)
+        asked = [prepared.query for prepared in batch.prepared if prepared.query is not None]
+        queries = [(place(query.rows), place(query.candidates), query.top_k, query.temperature) for query in asked]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
-            statistics = self.module(place(batch.input_ids), positions, place(batch.index), place(rows), place(targets))
-        total = torch.zeros((), device=device)
-        sums = []
+            inputs = (place(batch.input_ids), positions, place(batch.index), place(rows), place(targets))
+            found = self.module(*inputs, queries)
+        chosen = iter(found.pop("chosen"))
+        values, sums = [], []
         for loss, prepared in zip(self.run.losses, batch.prepared, strict=True):
+            seen = found | {"sides": self.run.student.sides}
+            if prepared.query is not None:
+                seen |= dict(zip(("candidate_logprob", "topk_logprob", "topk_ids"), next(chosen), strict=True))
+            if loss.name in self.run.student.projectors:
+                seen["projectors"] = self.run.student.projectors[loss.name]
             arrays = {name: place(value) for name, value in prepared.arrays.items()}
-            value, extra = loss.module.loss(statistics, arrays, loss.options)
-            total = total + value * (loss.weight / max(counts[loss.name], 1.0))
+            value, extra = loss.module.loss(seen, arrays, loss.options)
+            values.append(value / max(counts[loss.name], 1.0))
             sums += [value.detach(), *extra.values()]
             self.diagnostics.setdefault(loss.name, list(extra))
-        if weight == 0.0:
-            total = sum(values.sum() for values in statistics.values()) * 0.0
-        # Data-parallel wrappers average gradients over processes; the counts are already global.
-        (total * self.accelerator.num_processes).backward()
-        return torch.stack([value.double().cpu() for value in sums]) * weight
+        return values, sums
 
     def reduced(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over processes, float64 on the CPU."""

@@ -88,14 +88,14 @@ def reading(folder: Path) -> list[dict]:
     columns = columns_for(NEEDS)
     path = folder / "read.parquet"
     write_random(path, columns)
-    signals = open_signals([path], columns, TOP_K)
+    signals = open_signals([path], columns)
     order = np.random.default_rng(0).permutation(signals.count)
 
     def tensors(arrays):
         return {name: torch.from_numpy(values) for name, values in arrays.items() if name != "exact"}
 
     def decode():
-        opened = open_signals([path], columns, TOP_K)
+        opened = open_signals([path], columns)
         for example in range(opened.count):
             tensors(opened.rows(example))
 

@@ -10,7 +10,7 @@ from stages.core.errors import UserError
 from stages.signals import reader
 from stages.signals.compute import check_finite, compute_signals, top_k, wanted_signals
 from stages.signals.reader import open_signals
-from stages.signals.schema import columns_for
+from stages.signals.schema import columns_for, to_float32
 from stages.signals.writer import writing
 from stages.training.head import Shape
 from stages.training.models import Head
@@ -62,6 +62,36 @@ def test_tiny_tails_and_boundaries_are_exact():
     assert tail.min() < -30 and all(torch.isfinite(value).all() for value in signals.values())
 
 
+def test_normalisers_take_the_columns_to_another_temperature():
+    head, hidden, targets = made()
+    needs = NEEDS | {"temperatures": [2.0, 0.5]}
+    none = torch.tensor([]).long()
+    signals = compute_signals(hidden, head, targets, none, wanted_signals(needs, np.zeros(97, bool), 11, hidden.device))
+    logits = head.layer(hidden)[:, :97].detach()
+    for temperature, name in ((2.0, "normaliser_2"), (0.5, "normaliser_0_5")):
+        exact = torch.log_softmax(logits / temperature, -1).gather(1, signals["topk_ids"].long())
+        found = signals["topk_logprobs"].float() / temperature - signals[name][:, None]
+        torch.testing.assert_close(found, exact, rtol=2e-3, atol=2e-3)
+
+
+def test_samples_follow_the_distribution():
+    """RS-KD: counts sum to N, and the mean over many draws tends to p (kd_peers, invariant 13)."""
+    head, hidden, targets = made(tokens=2, spread=0.5)
+    needs, none = {"samples": 40_000}, torch.tensor([]).long()
+    drawn = compute_signals(hidden, head, targets, none, wanted_signals(needs, np.zeros(97, bool), 1, hidden.device))
+    again = compute_signals(hidden, head, targets, none, wanted_signals(needs, np.zeros(97, bool), 1, hidden.device))
+    assert torch.equal(drawn["sample_ids"], again["sample_ids"]) and drawn["sample_ids"].shape == (2, 40_000)
+    shares = torch.stack([torch.bincount(row, minlength=97) for row in drawn["sample_ids"].long()]) / 40_000
+    p = torch.softmax(head.layer(hidden)[:, :97], -1).detach()
+    assert ((shares - p).abs() < 5 * (p * (1 - p) / 40_000).sqrt() + 1e-4).all()
+
+
+def test_bfloat16_bits():
+    values = torch.tensor([0.0, 1.0, -2.5, 3.140625, 1e30, -1e-30])
+    bits = values.to(torch.bfloat16).view(torch.uint16).numpy()
+    assert torch.equal(torch.from_numpy(to_float32(bits)), values.to(torch.bfloat16).float())
+
+
 @pytest.mark.parametrize("vocab,k", [(4096, 64), (5001, 32), (100, 7), (64, 64)])
 def test_top_k(vocab, k):
     logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(1))
@@ -99,7 +129,7 @@ def test_round_trip(tmp_path, monkeypatch, mapped):
     expected = write(tmp_path / "part-0000.parquet", [[3, 0, 5], [1]], seed=1)
     expected += write(tmp_path / "part-0001.parquet", [[2, 7]], seed=2)
     paths = sorted(tmp_path.glob("part-*"))
-    signals = open_signals(paths, columns_for(NEEDS), 4, tmp_path / "cache")
+    signals = open_signals(paths, columns_for(NEEDS), tmp_path / "cache")
     assert (tmp_path / "cache").exists() == mapped and signals.count == 6
     assert signals.example_ids == ["0:0", "0:1", "0:2", "1:0", "0:0", "0:1"]
     for index in (5, 0, 3, 1, 4, 2):

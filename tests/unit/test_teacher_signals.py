@@ -71,7 +71,7 @@ def test_signals_are_the_models_predictions(root):
     index = join(root, [2, 0, 1])
     assert [part["rows"] for part in index["parts"]] == [4, 5, 5] and index["needs"] == NEEDS
     paths = [root / "teachers/teacher" / part["file"] for part in index["parts"]]
-    signals = open_signals(paths, columns_for(NEEDS), 3)
+    signals = open_signals(paths, columns_for(NEEDS))
     corpus = pq.read_table(root / "corpora/text/train.parquet").to_pylist()
     assert signals.example_ids == [row["example_id"] for row in corpus]
     view = ByteView.load(root / "tokenizers/big")
