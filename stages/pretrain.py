@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     from stages.tokenization import ByteView
     from stages.training import job as training
     from stages.training.data import Collator
-    from stages.training.models import find_head
+    from stages.training.models import Side, Sides, find_head
     from stages.training.modes import prepare_mode, settings_of
     from stages.training.trainer import Loss, Run, prepare_losses
 
@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         seed=job.spec["seed"],
         **training.ranks(),
     )
-    student = training.Student(model, head, sft.needs({}).student, None, None)
+    sides = Sides(Side(head, model.get_input_embeddings()))
+    student = training.Student(model, sides, sft.needs({}).student, None, None)
     run = Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints())
     training.train_and_publish(job, run, outer, model.dtype)
 

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from stages.artifacts.schemas import EXAMPLES
     from stages.artifacts.tables import read_table
+    from stages.core.seeds import seed_of
     from stages.models.loading import check_length, load_model
     from stages.signals.compute import wanted_signals
     from stages.tokenization import ByteView
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     head = find_head(model, view.vocab_size, name, view.name)
     if windows:
         check_length(model, name, *longest_example(windows, table))
-    wanted = wanted_signals(job.spec["needs"], view.boundary_mask(job.spec["space_mask_mode"]), view.eos_id, device)
+    mask, seed = view.boundary_mask(job.spec["space_mask_mode"]), seed_of(job.spec.get("seed", 0), "samples", shard)
+    wanted = wanted_signals(job.spec["needs"], mask, view.eos_id, device, seed)
     with job.publish() as draft:
         compute = Shard(body_of(model), head, wanted, job.spec["batch_tokens"], name)
         write_shard(draft, f"part-{shard:04d}.parquet", job, compute, table, windows)

@@ -67,7 +67,8 @@ def needs(options: dict[str, Any]) -> Needs:
     boundary = {"eos_logprob" if "eos_as_space" in flags else "boundary_logprob"}
     teacher = {"observed_logprob"} | (boundary if flags & {"append_space", "merge_by_space_prob"} else set())
     student = {"observed_logprob"} | (boundary if "append_space" in flags else set())
-    return Needs(frozenset(teacher), frozenset(student))
+    pair = {"bias"} if options.get("kind") == "unbiased" else set()
+    return Needs(frozenset(teacher), frozenset(student), frozenset(pair))
 
 
 def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:

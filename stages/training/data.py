@@ -16,6 +16,7 @@ from stages.signals.reader import Signals
 from stages.tokenization.batches import select, token_places
 
 if TYPE_CHECKING:
+    from stages.alignment.pair import Pair
     from stages.tokenization import ByteView
     from stages.tokenization.encoding import EncodedBatch
 
@@ -26,12 +27,14 @@ Prepare = Callable[["Examples"], list[Prepared]]
 class Examples:
     """The examples of one micro-batch, flat: student tokens, teacher tokens and the teacher's signals for them.
 
-    `teacher` is None and `signals` empty when no loss reads a teacher; `signals` maps a column to [Nt] or [Nt, k].
+    `teacher` and `pair` are None and `signals` empty when no loss reads a teacher; `signals` maps a column to [Nt] or
+    [Nt, k].
     """
 
     student: "EncodedBatch"
     teacher: "EncodedBatch | None" = None
     signals: dict[str, np.ndarray] = field(default_factory=dict)
+    pair: "Pair | None" = None
 
     def chunks(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (chunk of each teacher token, of each student token, example of each chunk), int64.
@@ -39,7 +42,8 @@ class Examples:
         Chunk ids run over all examples. Only tokens that are training targets have one; -1 is none.
         """
         assert self.teacher is not None
-        teacher, student, counts = align(self.teacher, self.student, kind)
+        bias = self.pair.bias if self.pair else None
+        teacher, student, counts = align(self.teacher, self.student, kind, bias)
         starts = np.cumsum(counts, dtype=np.int64) - counts
         sides = []
         for chunk, batch in ((teacher, self.teacher), (student, self.student)):
@@ -86,14 +90,15 @@ def step_examples(step: int, batch_size: int, count: int, seed: int) -> np.ndarr
 class Collator:
     """Turns a step number into micro-batches: encode, read signals, align, prepare, pack. No torch, no state.
 
-    `prepare` is None when signals come from an online teacher; the trainer then prepares after asking it.
+    `pair` holds the teacher's tokenizer, None when no loss reads a teacher. `prepare` is None when signals come from an
+    online teacher; the trainer then prepares after asking it.
     """
 
     def __init__(
         self,
         table: pa.Table,
         student: "ByteView",
-        teacher: "ByteView | None",
+        pair: "Pair | None",
         signals: Signals | None,
         prepare: Prepare | None,
         *,
@@ -103,7 +108,7 @@ class Collator:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.table, self.student, self.teacher, self.signals, self.prepare = table, student, teacher, signals, prepare
+        self.table, self.student, self.pair, self.signals, self.prepare = table, student, pair, signals, prepare
         self.batch_size, self.max_tokens, self.seed = batch_size, max_tokens, seed
         self.rank, self.ranks = rank, ranks
         if batch_size < ranks:
@@ -137,16 +142,17 @@ class Collator:
         rows = self.table.take(chosen)
         slots, ends = rows["slots"].to_pylist(), rows["ends_document"].to_pylist()
         student = self.student.encode_examples(slots, ends)
-        if self.teacher is None:
+        if self.pair is None:
             return Examples(student), student.exact
-        same = self.teacher.digest == self.student.digest
-        teacher = student if same else self.teacher.encode_examples(slots, ends)
+        view = self.pair.teacher
+        same = view.digest == self.student.digest
+        teacher = student if same else view.encode_examples(slots, ends)
         if self.signals is None:
             return Examples(student, teacher), student.exact & teacher.exact
         signals = self.signals.gather(chosen)
         if not np.array_equal(signals.pop("input_ids").astype(np.int64), teacher.ids.astype(np.int64)):
             raise UserError(
-                f"The teacher signals hold other tokens than tokenizer {self.teacher.name!r} gives for the examples "
+                f"The teacher signals hold other tokens than tokenizer {view.name!r} gives for the examples "
                 f"{', '.join(rows['example_id'].to_pylist()[:3])}...: rebuild the signals."
             )
         return Examples(student, teacher, signals), student.exact & teacher.exact & signals.pop("exact")
@@ -168,7 +174,7 @@ class Collator:
             positions = np.zeros(within.shape, np.int64)
             positions[within] = np.arange(len(student.ids)) - np.repeat(student.offsets[:-1], lengths)
         teacher = None if whole.teacher is None else select(whole.teacher, order)
-        examples = Examples(student, teacher)
+        examples = Examples(student, teacher, pair=self.pair)
         if whole.teacher is not None and whole.signals:
             places = token_places(whole.teacher.offsets, order)
             examples.signals = {name: values[places] for name, values in whole.signals.items()}

@@ -41,6 +41,12 @@ class Head:
         settings = (shape.vocab, self.bias, shape.softcap, shape.scale)
         return head_statistics(hidden, self.weight, targets, mask, eos_id, *settings)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [n, vocab] of hidden states [n, d]; for a few rows at a time."""
+        bias = None if self.bias is None else self.bias[: self.shape.vocab]
+        weight = self.weight[: self.shape.vocab]
+        return block_logits(hidden.to(weight.dtype), weight, bias, self.shape)[0]
+
     def distribution(
         self, hidden: torch.Tensor, candidates: torch.Tensor, likeliest: int, temperature: float
     ) -> Chosen:
@@ -63,7 +69,7 @@ class Sides(NamedTuple):
     """The two models of a distillation; `teacher` is None where no loss reads its matrices."""
 
     student: Side
-    teacher: Side | None
+    teacher: Side | None = None
 
 
 def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -134,8 +140,7 @@ def _check_head(model: PreTrainedModel, head: Head, name: str) -> None:
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits[0, :, : head.shape.vocab].float()
     hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
-    bias = None if head.bias is None else head.bias[: head.shape.vocab]
-    actual, _ = block_logits(hidden.to(head.weight.dtype), head.weight[: head.shape.vocab], bias, head.shape)
+    actual = head.logits(hidden)
     model.train(training)
     if not torch.isfinite(expected).all():
         raise UserError(

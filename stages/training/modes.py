@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "b2": 0.95,
     "eps": 1e-8,
     "max_grad_norm": 1.0,
+    "projector_lr_scale": 2.0,
     "train_model_mode": "lora",
     "model_lora_rank": 64,
     "model_lora_alpha": 64,
@@ -88,14 +89,24 @@ def merged(outer: nn.Module) -> PreTrainedModel:
     return outer.merge_and_unload() if hasattr(outer, "merge_and_unload") else outer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups: matrices decay; vectors and the B matrices of adapters do not (as in tokenkit)."""
-    decayed, plain = [], []
+def parameter_groups(model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return optimizer groups: matrices decay; vectors and the B matrices of adapters do not (as in tokenkit).
+
+    Projectors of losses have their own learning rate, `lr_scale` times that of the step.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.dim() < 2 or "lora_B" in name else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            decays = parameter.dim() >= 2 and "lora_B" not in name
+            groups.setdefault((decays, name.startswith("projectors.")), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": settings["weight_decay"] if decays else 0.0,
+            "lr_scale": settings["projector_lr_scale"] if projects else 1.0,
+        }
+        for (decays, projects), parameters in sorted(groups.items(), key=lambda item: (not item[0][0], item[0][1]))
+    ]
 
 
 def _embedding_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.training.head import STATISTICS
-from stages.training.models import Head, Side, Sides, body_of, hidden_states, layer_states
+from stages.training.models import Sides, body_of, hidden_states, layer_states
 
 
 class Student(nn.Module):
@@ -17,24 +17,23 @@ class Student(nn.Module):
 
     `asked`: what the losses read (`losses.Needs.student`). `boundary` bool [vocab] and `eos_id` as in
     `head_statistics`. `projectors`: the weights that losses have of their own, by the loss's name; trained, never
-    exported. `teacher`: the teacher's side for losses that read it; not a part of the module.
+    exported. `sides`: the student's and the teacher's matrices, which losses read; not parts of this module.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        head: Head,
+        sides: Sides,
         asked: frozenset[str],
         boundary: np.ndarray | None,
         eos_id: int | None,
         projectors: dict[str, nn.Module] | None = None,
-        teacher: Side | None = None,
     ) -> None:
         super().__init__()
-        self.sides = Sides(Side(head, model.get_input_embeddings()), teacher)
+        self.sides = sides
         self.projectors = nn.ModuleDict(projectors or {})
         self.model = model
-        self.head = head
+        self.head = sides.student.head
         self.asked = asked
         self.eos_id = eos_id if "eos_logprob" in asked else None
         self._no_split_modules = getattr(model, "_no_split_modules", None)

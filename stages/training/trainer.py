@@ -101,7 +101,7 @@ class _Trainer:
         self.run, self.accelerator, self.settings = run, accelerator, run.settings
         device = accelerator.device
         self.bfloat16 = autocasts(self.settings["dtype"], device)
-        groups = parameter_groups(run.student, self.settings["weight_decay"])
+        groups = parameter_groups(run.student, self.settings)
         self.names = {p: name for name, p in run.student.named_parameters() if p.requires_grad}
         betas = (self.settings["b1"], self.settings["b2"])
         run.student.to(device).train()
@@ -148,7 +148,7 @@ class _Trainer:
         """Do one optimizer step; return whether any process was told to stop."""
         rate = learning_rate(step, self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         for batch in data.micro_batches:
             if self.run.ask_teacher is not None:
                 self.run.ask_teacher(batch.examples)
@@ -189,7 +189,9 @@ class _Trainer:
     def backward(self, batch: MicroBatch, counts: dict[str, float], weight: float) -> torch.Tensor:
         """Add the micro-batch's gradient; return float64 sums: each loss and its diagnostics."""
         values, sums = self.losses(batch, counts)
-        total = sum((loss.weight * value for loss, value in zip(self.run.losses, values, strict=True)), self.nothing())
+        total = sum(loss.weight * value for loss, value in zip(self.run.losses, values, strict=True))
+        if self.accelerator.num_processes > 1:
+            total = total + self.nothing()
         if weight == 0.0:
             total = total * 0.0
         # Data-parallel wrappers average gradients over processes; the counts are already global.

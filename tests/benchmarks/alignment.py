@@ -19,6 +19,7 @@ def measure(arguments) -> list[dict]:
     from tokenizers import Tokenizer
 
     from stages.alignment import align
+    from stages.alignment.pair import Pair
     from stages.tokenization import ByteView
     from stages.training.data import Collator
 
@@ -32,7 +33,8 @@ def measure(arguments) -> list[dict]:
     tokens = sum(len(batch.ids) for batch in encoded)
     batches = EXAMPLES // BATCH
     options = {"batch_size": BATCH, "max_tokens": 8192, "seed": 0}
-    collator = Collator(table, student, teacher, None, lambda examples: [examples.chunks("unconstrained")], **options)
+    prepare = lambda examples: [examples.chunks("unconstrained")]  # noqa: E731
+    collator = Collator(table, student, Pair(teacher, student), None, prepare, **options)
 
     def encode_and_align():
         align(teacher.encode_examples(slots, ends), student.encode_examples(slots, ends))

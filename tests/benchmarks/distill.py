@@ -80,11 +80,12 @@ def train_once() -> None:
     parser.add_argument("--tokenizers", type=Path)
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
+    from stages.alignment.pair import Pair
     from stages.distill import import_losses, joint_needs
     from stages.signals.reader import open_signals
     from stages.tokenization import ByteView
     from stages.training.data import Collator
-    from stages.training.models import find_head
+    from stages.training.models import Side, Sides, find_head
     from stages.training.modes import prepare_mode, settings_of
     from stages.training.student import Student
     from stages.training.trainer import Run, prepare_losses, train
@@ -95,16 +96,17 @@ def train_once() -> None:
     needs = joint_needs(losses)
     table = corpus(arguments.data / NEEDED[0], EXAMPLES)
     view = ByteView.load(arguments.tokenizers / STUDENT)
-    teacher = ByteView.load(arguments.tokenizers / TEACHER) if needs.teacher else None
+    pair = Pair(ByteView.load(arguments.tokenizers / TEACHER), view) if needs.teacher else None
     path = arguments.folder / "signals.parquet"
     signals = open_signals([path], sorted(needs.teacher)) if needs.teacher else None
     model = llama(128, 2, VOCAB)
     prepare_mode(model, settings, 0)
     head = find_head(model, view.vocab_size, "student", STUDENT)
-    student = Student(model, head, needs.student, view.boundary_mask("space+tab+newline+special"), view.eos_id)
+    sides = Sides(Side(head, model.get_input_embeddings()))
+    student = Student(model, sides, needs.student, view.boundary_mask("space+tab+newline+special"), view.eos_id)
     prepare = lambda examples: prepare_losses(losses, examples)  # noqa: E731
     options = {"batch_size": settings["batch_size"], "max_tokens": settings["max_tokens"], "seed": 0}
-    collate = Collator(table, view, teacher, signals, prepare, **options)
+    collate = Collator(table, view, pair, signals, prepare, **options)
     result = train(Run(student, losses, collate, settings, 0, arguments.folder / f"{arguments.method}-{os.getpid()}"))
     times = [seconds for _, seconds in result["timing"]]
     steps = [after - before for before, after in itertools.pairwise(times)]

@@ -21,7 +21,7 @@ from stages.losses import sft
 from stages.tokenization import ByteView
 from stages.training import checkpoints
 from stages.training.data import Collator, generator, pack_rows, step_examples
-from stages.training.models import body_of, find_head, hidden_states
+from stages.training.models import Side, Sides, body_of, find_head, hidden_states
 from stages.training.modes import DEFAULTS, prepare_mode, settings_of
 from stages.training.student import Student
 from stages.training.trainer import Loss, Run, _Trainer, learning_rate, prepare_losses, train
@@ -73,7 +73,9 @@ def make_run(view, folder, rank=0, ranks=1, max_tokens=64, train=None, seed=1, m
     prepare = lambda examples: prepare_losses(losses, examples)  # noqa: E731
     sizes = {"batch_size": settings["batch_size"], "max_tokens": max_tokens, "seed": seed, "rank": rank, "ranks": ranks}
     collate = Collator(examples_table(), view, None, None, prepare, **sizes)
-    student = Student(model, head, frozenset({"observed_logprob"}), None, None)
+    student = Student(
+        model, Sides(Side(head, model.get_input_embeddings())), frozenset({"observed_logprob"}), None, None
+    )
     return Run(student, losses, collate, settings, seed, folder)
 
 

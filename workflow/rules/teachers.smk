@@ -1,4 +1,4 @@
-# Teacher signals: one job for each shard, joined by an index.
+# Teacher signals: one job for each shard, joined by an index; and the teacher's matrices, once.
 
 
 rule teacher_signals:
@@ -42,4 +42,25 @@ rule teacher_index:
         **part_of_plan("teachers/{teacher}/{corpus}/manifest.json"),
     shell:
         "python -m stages.teacher_index --root {params.root} --manifest teachers/{wildcards.teacher}/{wildcards.corpus}/manifest.json "
+        "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
+
+
+rule teacher_head:
+    input:
+        unpack(inputs_of("teachers/{teacher}/head.manifest.json")),
+    output:
+        manifest="<root>/teachers/{teacher}/head.manifest.json",
+        matrices="<root>/teachers/{teacher}/head.safetensors",
+    log:
+        "<root>/logs/teacher_head/{teacher}.log",
+    conda:
+        CONDA
+    threads: resource("teacher_head", "threads")
+    resources:
+        mem_mb=resource("teacher_head", "mem_mb"),
+        runtime=resource("teacher_head", "runtime"),
+    params:
+        **part_of_plan("teachers/{teacher}/head.manifest.json"),
+    shell:
+        "python -m stages.teacher_head --root {params.root} --manifest teachers/{wildcards.teacher}/head.manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"

@@ -1,0 +1,26 @@
+"""Keep a teacher's embedding and output matrices, which some methods read beside its signals."""
+
+from stages.core import stage
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write head.safetensors; how it makes logits is in the manifest's metrics."""
+    job = stage.parse("stages.teacher_head", __doc__, argv)
+    import torch
+
+    from stages.models.loading import load_model
+    from stages.signals.matrices import FILE, save_side
+    from stages.tokenization import ByteView
+    from stages.training.models import Side, find_head, teacher_dtype
+
+    view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(job.spec["model"], job.inputs.get("model"), teacher_dtype(job.spec["dtype"], device))
+    name = job.spec["model"]["name"]
+    side = Side(find_head(model, view.vocab_size, name, view.name), model.get_input_embeddings())
+    with job.publish() as draft:
+        draft.metrics.update(save_side(side, draft.folder / FILE))
+
+
+if __name__ == "__main__":
+    stage.run(main)
