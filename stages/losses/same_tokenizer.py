@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from stages.core.errors import UserError
 from stages.losses import Needs, Prepared, Query
 from stages.losses.divergences import DIVERGENCES, check_divergence, check_temperature, divergence, with_rest
 from stages.losses.sft import target_rows
@@ -30,6 +31,10 @@ def check(options: dict[str, Any]) -> None:
     """Raise UserError for a temperature that is not above 0, or a setting of a divergence out of its range."""
     options = DEFAULTS | options
     check_temperature(options, "temperature")
+    if options["name"] == "rskd" and options["temperature"] != 1.0:
+        raise UserError(
+            f"temperature is {options['temperature']}; rskd draws at temperature 1 and can only be read there."
+        )
     check_divergence(options, _divergence(options))
 
 
