@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     with job.publish() as draft:
         artifact.write_json(draft.folder / "shards.json", facts | {"parts": parts})
+        draft.metrics["signal_error"] = next(
+            (s["metrics"]["signal_error"] for s in shards if "signal_error" in s["metrics"]), []
+        )
         draft.metrics.update({key: sum(s["metrics"][key] for s in shards) for key in ("examples", "tokens", "inexact")})
 
 

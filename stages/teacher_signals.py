@@ -83,6 +83,24 @@ class Shard:
             progress.update(len(places))
         return result
 
+    def errors(self, batch: "EncodedBatch") -> list[dict[str, Any]]:
+        """Return `signal_errors` of the first examples of a window."""
+        import numpy as np
+        import torch
+
+        from stages.signals.compute import padded_rows
+        from stages.signals.error import ROWS, signal_errors
+        from stages.training.models import hidden_states
+
+        filled = np.flatnonzero(np.diff(batch.offsets))
+        first = filled[: 1 + int(np.searchsorted(batch.offsets[1:][filled], ROWS))]
+        padded, within = padded_rows(batch.ids, batch.offsets, first)
+        device = self.head.weight.device
+        with torch.no_grad():
+            index = torch.from_numpy(np.flatnonzero(within)).to(device)
+            hidden = hidden_states(self.body, torch.from_numpy(padded).to(device), None, index)
+        return signal_errors(hidden, self.head, torch.Generator(device).manual_seed(0))
+
 
 def write_shard(
     draft: "Draft", file: str, job: stage.Job, compute: Shard, table: "pa.Table", windows: "list[EncodedBatch]"
@@ -106,6 +124,8 @@ def write_shard(
             ids = names[number * WINDOW : (number + 1) * WINDOW]
             check_finite(signals, batch.offsets, ids, compute.name)
             writer.add(ids, batch.exact, batch.ids, batch.offsets, signals)
+    if job.spec["shard"] == 0 and tokens and any(job.spec["needs"].get(key) for key in ("top_k", "samples", "hidden")):
+        draft.metrics["signal_error"] = compute.errors(next(batch for batch in windows if len(batch.ids)))
     inexact = sum(int((~batch.exact).sum()) for batch in windows)
     draft.describe[file] = {"rows": len(names), "columns": columns_for(job.spec["needs"])}
     draft.metrics.update(examples=len(names), tokens=tokens, inexact=inexact)

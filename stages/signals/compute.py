@@ -166,6 +166,15 @@ def _redo_small(
         signals["boundary_logprob"][small] = mass
 
 
+def padded_rows(ids: np.ndarray, offsets: np.ndarray, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids int64 [B, longest] of `examples`, padded at the right end, and bool: which are tokens."""
+    lengths = (offsets[1:] - offsets[:-1])[examples]
+    within = np.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    padded = np.zeros(within.shape, np.int64)
+    padded[within] = np.concatenate([ids[offsets[e] : offsets[e + 1]] for e in examples])
+    return padded, within
+
+
 @torch.no_grad()
 def teacher_pass(
     body: torch.nn.Module, head: Head, ids: np.ndarray, offsets: np.ndarray, examples: np.ndarray, wanted: Wanted
@@ -176,11 +185,8 @@ def teacher_pass(
     attention mask is needed: padding is at the right end, which earlier tokens of a causal model never see.
     """
     device = head.weight.device
-    lengths = (offsets[1:] - offsets[:-1])[examples]
-    width = int(lengths.max())
-    within = np.arange(width)[None, :] < lengths[:, None]
-    padded = np.zeros(within.shape, np.int64)
-    padded[within] = np.concatenate([ids[offsets[e] : offsets[e + 1]] for e in examples])
+    padded, within = padded_rows(ids, offsets, examples)
+    lengths = within.sum(1)
     flat = torch.from_numpy(padded)
     targets = torch.from_numpy(np.roll(padded, -1, axis=1)[within]).to(device)
     index = torch.from_numpy(np.flatnonzero(within)).to(device)

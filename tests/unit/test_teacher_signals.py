@@ -92,6 +92,18 @@ def test_signals_are_the_models_predictions(root):
         assert (got["topk_ids"][:, 0] == logprobs.argmax(-1).numpy()).all()
 
 
+def test_what_signals_lose_is_measured(root):
+    for shard in range(3):
+        run(root, shard)
+    join(root, [0, 1, 2])
+    errors = artifact.read_manifest(root / "teachers/teacher/manifest.json")["metrics"]["signal_error"]
+    tops = [row for row in errors if row["signal"] == "top_k"]
+    assert [row["size"] for row in tops] == [2**n for n in range(9)]
+    assert all(a["kl"] > b["kl"] > 0 for a, b in zip(tops, tops[1:], strict=False))
+    hidden = next(row for row in errors if row["signal"] == "hidden")
+    assert hidden["bytes_per_token"] == 64 and 0 <= hidden["kl"] < 1e-3 < tops[-1]["kl"]
+
+
 def test_rerun_gives_the_same_bytes(root):
     run(root, 1, "again")
     first = artifact.read_manifest(root / "teachers/again/part-0001.manifest.json")["data"]
