@@ -96,17 +96,33 @@ def _with_loss(slots: tuple[tuple[str, str], ...], train_on: str) -> list[tuple[
 
 
 def _subset(job: stage.Job) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield a share of the parent's training documents and all of its held-out ones."""
+    """Yield a share of the parent's training text, in whole documents, and all of its held-out text."""
     from stages.artifacts.schemas import EXAMPLES
-    from stages.artifacts.tables import read_batches
+    from stages.artifacts.tables import read_batches, read_table
 
-    seed, fraction = job.spec.get("seed", 0), job.spec["fraction"]
-    for split in ("train", "heldout"):
-        for batch in read_batches(job.data("corpus", f"{split}.parquet"), EXAMPLES, ROWS_PER_GROUP):
-            rows = batch.to_pylist()
-            if split == "train":
-                rows = [row for row in rows if _fraction("subset", seed, row["document_id"]) < fraction]
-            yield split, rows
+    train = job.data("corpus", "train.parquet")
+    sizes: Counter[str] = Counter()
+    columns = read_table(train, EXAMPLES, ["document_id", "bytes"])
+    for document, size in zip(*(column.to_pylist() for column in columns), strict=True):
+        sizes[document] += size
+    chosen = _share(sizes, job.spec["fraction"], job.spec.get("seed", 0))
+    for split, path in (("train", train), ("heldout", job.data("corpus", "heldout.parquet"))):
+        for batch in read_batches(path, EXAMPLES, ROWS_PER_GROUP):
+            yield split, [row for row in batch.to_pylist() if split == "heldout" or row["document_id"] in chosen]
+
+
+def _share(sizes: dict[str, int], fraction: float, seed: int) -> set[str]:
+    """Return documents that hold at most `fraction` of all bytes, in the order of a hash; what is too large stays out.
+
+    By bytes, since one document of a corpus is often a thousand times as long as another.
+    """
+    room = fraction * sum(sizes.values())
+    chosen = set()
+    for document in sorted(sizes, key=lambda name: (_fraction("subset", seed, name), name)):
+        if sizes[document] <= room:
+            chosen.add(document)
+            room -= sizes[document]
+    return chosen
 
 
 def _content_id(slots: tuple[tuple[str, str], ...]) -> str:

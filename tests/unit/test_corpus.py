@@ -150,7 +150,12 @@ def test_subset_samples_train_and_keeps_heldout(tmp_path):
     part = rows(tmp_path, "part", "train")
     chosen = {row["document_id"] for row in part}
     assert part == [row for row in whole["train"] if row["document_id"] in chosen]
-    assert 0 < len(chosen) < len({row["document_id"] for row in whole["train"]})
+    sizes, longest = (sum(row["bytes"] for row in split) for split in (part, whole["train"])), 0
+    for document in {row["document_id"] for row in whole["train"]} - chosen:
+        longest = max(longest, sum(row["bytes"] for row in whole["train"] if row["document_id"] == document))
+    kept, total = sizes
+    # At most the share of the bytes, and no document that is left out would have fitted in the end.
+    assert 0.4 * total - longest < kept <= 0.4 * total
     nothing = json.dumps({"kind": "subset", "fraction": 1e-9, "seed": 1, "inputs": inputs})
     with pytest.raises(UserError, match="fraction"):
         corpus.main(["--root", str(tmp_path), "--manifest", "corpora/none/manifest.json", "--spec", nothing])
