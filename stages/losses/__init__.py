@@ -20,9 +20,9 @@ on top:
 
 A loss with weights of its own has a fifth:
 
-    projectors(options, sides, generator) -> torch.nn.Module
-        Made once and trained with the student; `sides` holds the two heads ("student", "teacher"). `loss` finds the
-        module as student["projectors"].
+    projectors(options, sides, generator, pair) -> torch.nn.Module
+        Made once and trained with the student; `sides` holds the matrices of the two models, `pair` their tokenizers.
+        `loss` finds the module as student["projectors"].
 """
 
 from dataclasses import dataclass, field
@@ -68,10 +68,12 @@ class Prepared:
     """One micro-batch's constants of one loss.
 
     `count`: its share of the denominator. `rows`: int64, the student rows whose head statistics the loss reads.
-    `arrays`: NumPy arrays that `loss` gets as tensors. `query`: what it asks of the student's distribution.
+    `arrays`: NumPy arrays that `loss` gets as tensors. `totals` names those of them that it gets summed over the
+    whole step, as the count is. `query`: what it asks of the student's distribution.
     """
 
     count: float
     rows: np.ndarray
     arrays: dict[str, Any] = field(default_factory=dict)
     query: Query | None = None
+    totals: tuple[str, ...] = ()
