@@ -8,8 +8,7 @@ from typing import Any
 
 from stages.core import artifact, stage
 from stages.core.errors import UserError
-
-ROWS_PER_GROUP = 10_000
+from stages.corpora.examples import ROWS_PER_GROUP, ExampleWriter, example_rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,7 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     _check_files(job.spec.get("files", {}))
     with job.publish() as draft:
         splits = _subset(job) if subset else _examples(job.spec)
-        writers = {split: _Writer(draft.folder / f"{split}.parquet", job.identity) for split in ("train", "heldout")}
+        writers = {
+            split: ExampleWriter(draft.folder / f"{split}.parquet", job.identity) for split in ("train", "heldout")
+        }
         for split, rows in splits:
             writers[split].add(rows)
         for split, writer in writers.items():
@@ -65,28 +66,14 @@ def _examples(spec: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]
 
 
 def _rows(document: Any, document_id: str, max_bytes: int, train_on: str) -> list[dict[str, Any]]:
-    """Return the examples of a document; those in which nothing is trained on are left out."""
+    """Return the examples of a document."""
     from stages.corpora.cutting import cut_text, cut_turns
 
     if document.slots[0][0] == "text":
         cut = [[("text", piece, True)] for piece in cut_text(document.slots[0][1], max_bytes)]
     else:
         cut = cut_turns(_with_loss(document.slots, train_on), max_bytes)
-    rows = []
-    for number, turns in enumerate(cut):
-        if any(loss and text for _, text, loss in turns):
-            slots = [{"role": role, "text": text, "loss": loss} for role, text, loss in turns]
-            rows.append(
-                {
-                    "example_id": f"{document_id}:{number}",
-                    "document_id": document_id,
-                    "slots": slots,
-                    "starts_document": document.starts and number == 0,
-                    "ends_document": document.ends and number == len(cut) - 1,
-                    "bytes": sum(len(text.encode()) for _, text, _ in turns),
-                }
-            )
-    return rows
+    return example_rows(document_id, cut, document.starts, document.ends)
 
 
 def _with_loss(slots: tuple[tuple[str, str], ...], train_on: str) -> list[tuple[str, str, bool]]:
@@ -137,43 +124,6 @@ def _fraction(purpose: str, seed: int, name: str) -> float:
     """Return a number in [0, 1) that depends on the purpose, the seed and the name alone."""
     digest = hashlib.sha256(f"{purpose} {seed} {name}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
-
-
-class _Writer:
-    """Writes examples in row groups and counts them."""
-
-    def __init__(self, path: Path, identity: dict[str, str]) -> None:
-        import pyarrow.parquet as pq
-
-        from stages.artifacts.schemas import EXAMPLES
-        from stages.artifacts.tables import schema_with
-
-        self._schema = schema_with(EXAMPLES, identity)
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", write_page_checksum=True)
-        self._rows: list[dict[str, Any]] = []
-        self._documents: set[str] = set()
-        self.examples = self.bytes = 0
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        self._rows += rows
-        self._documents.update(row["document_id"] for row in rows)
-        self.examples += len(rows)
-        self.bytes += sum(row["bytes"] for row in rows)
-        if len(self._rows) >= ROWS_PER_GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def counts(self) -> dict[str, int]:
-        return {"documents": len(self._documents), "examples": self.examples, "bytes": self.bytes}
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
-        self._rows = []
 
 
 def _with_progress(documents: Any) -> Any:

@@ -1,18 +1,17 @@
 """Train a student on a corpus with the losses of an experiment, from teacher signals or a teacher at hand."""
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core import stage
 from stages.core.errors import UserError
+from stages.core.seeds import seed_of
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import torch
 
+    from stages.alignment.pair import Pair
     from stages.losses import Needs
-    from stages.signals.reader import Signals
-    from stages.tokenization import ByteView
+    from stages.training.models import Sides
     from stages.training.trainer import Loss
 
 
@@ -21,28 +20,36 @@ def main(argv: list[str] | None = None) -> None:
     job = stage.parse("stages.distill", __doc__, argv)
     losses = import_losses(job.spec)
     needs = joint_needs(losses)
-    index = check_signals(job, needs) if needs.teacher and job.spec["teacher"] == "cached" else None
 
     from stages.tokenization import ByteView
+    from stages.training import inputs
     from stages.training import job as training
     from stages.training.data import Collator
+    from stages.training.models import Side, Sides
     from stages.training.modes import settings_of
+    from stages.training.online import online_teacher
     from stages.training.trainer import Run, prepare_losses
 
     settings = settings_of(job.spec["train"])
+    index = inputs.check_signals(job, needs) if needs.teacher and job.spec["teacher"] == "cached" else None
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     table = training.open_corpus(job, view)
-    teacher_view = ByteView.load(job.inputs["teacher_tokenizer"]["path"].parent) if needs.teacher else None
-    signals = open_index(job, index, needs, table["example_id"].to_pylist()) if index else None
+    pair = inputs.open_pair(job, view, needs) if needs.teacher else None
+    signals = inputs.open_index(job, index, needs, table["example_id"].to_pylist()) if index else None
 
     online = bool(needs.teacher) and signals is None
     model, outer, head, dtype = training.open_student(job, settings, view, table, job.inputs.get("init"))
+    ask, teacher = None, inputs.teacher_side(job, needs)
+    if online:
+        ask, teacher = online_teacher(job, pair.teacher, needs, table)
+    sides = Sides(Side(head, model.get_input_embeddings()), teacher)
     mode = job.spec.get("loss", {}).get("space_mask_mode", "space+tab+newline+special")
-    student = training.Student(model, head, needs.student, view.boundary_mask(mode), view.eos_id)
+    projectors = make_projectors(losses, sides, pair, job.spec["seed"])
+    student = training.Student(model, sides, needs.student, view.boundary_mask(mode), view.eos_id, projectors)
     collate = Collator(
         table,
         view,
-        teacher_view,
+        pair,
         signals,
         None if online else (lambda examples: prepare_losses(losses, examples)),
         batch_size=settings["batch_size"],
@@ -50,7 +57,6 @@ def main(argv: list[str] | None = None) -> None:
         seed=job.spec["seed"],
         **training.ranks(),
     )
-    ask = online_teacher(job, teacher_view, needs, table) if online else None
     run = Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints(), ask)
     training.train_and_publish(job, run, outer, dtype)
 
@@ -59,6 +65,7 @@ def import_losses(spec: dict[str, Any]) -> "list[Loss]":
     """Import the loss modules that the settings name and let them check their settings."""
     from importlib import import_module
 
+    from stages.training.aggregation import check_schedule
     from stages.training.trainer import Loss
 
     losses = []
@@ -75,7 +82,8 @@ def import_losses(spec: dict[str, Any]) -> "list[Loss]":
             ) from None
         options = spec.get("loss", {}) | entry | {"kind": entry.get("kind") or entry.get("chunks")}
         module.check(options)
-        losses.append(Loss(entry["name"], module, options, float(entry.get("weight", 1.0))))
+        schedule = check_schedule(entry["name"], entry.get("schedule", "constant"))
+        losses.append(Loss(entry["name"], module, options, float(entry.get("weight", 1.0)), schedule))
     return losses
 
 
@@ -84,104 +92,22 @@ def joint_needs(losses: "list[Loss]") -> "Needs":
     from stages.losses import Needs
 
     parts = [loss.module.needs(loss.options) for loss in losses]
-    teacher = frozenset().union(*(part.teacher for part in parts))
-    return Needs(teacher, frozenset().union(*(part.student for part in parts)))
+    joint = {key: frozenset().union(*(getattr(part, key) for part in parts)) for key in ("teacher", "student", "pair")}
+    return Needs(**joint, teacher_head=any(part.teacher_head for part in parts))
 
 
-def check_signals(job: stage.Job, needs: "Needs") -> dict[str, Any]:
-    """Return the index of the signals; UserError when they are not of this teacher, tokenizer, corpus and boundary."""
-    from stages.core import artifact
-
-    manifest = job.inputs["signals"]
-    where = manifest["name"]
-    index = json.loads(artifact.data_path(manifest, "shards.json").read_text(encoding="utf-8"))
-    fix = "let snakemake make them again, or give this experiment the signals it names."
-    for name, key in (("corpus", "corpus"), ("tokenizer", "teacher_tokenizer")):
-        if index[name] != job.inputs[key]["lineage"]:
-            raise UserError(
-                f"The teacher signals {where} were made with another {name} ({index[name]}) than "
-                f"{job.inputs[key]['name']} ({job.inputs[key]['lineage']}): {fix}"
-            )
-    wanted = job.spec["teacher_model"]
-    if index["model"] != wanted:
-        keys = [key for key in sorted({*wanted, *index["model"]}) if index["model"].get(key) != wanted.get(key)]
-        key = "name" if "name" in keys else keys[0]
-        raise UserError(
-            f"The teacher signals {where} are of another teacher ({key} {index['model'].get(key)!r}) than this "
-            f"experiment's ({key} {wanted.get(key)!r}): {fix}"
-        )
-    mode = job.spec["loss"]["space_mask_mode"]
-    if needs.teacher & {"boundary_logprob"} and index["space_mask_mode"] != mode:
-        raise UserError(
-            f"The teacher signals {where} take {index['space_mask_mode']!r} as boundary tokens, this experiment "
-            f"{mode!r}: {fix}"
-        )
-    for part in index["parts"]:
-        missing = needs.teacher - set(part["columns"])
-        if missing:
-            raise UserError(
-                f"The teacher signals {where} lack {', '.join(sorted(missing))}, which the losses of this experiment "
-                f"read: {fix}"
-            )
-    return index
-
-
-def open_index(job: stage.Job, index: dict[str, Any], needs: "Needs", example_ids: list[str]) -> "Signals":
-    """Open the shards and check that they hold the corpus's examples, in order."""
-    from stages.signals.reader import open_signals
-
-    home: Path = job.inputs["signals"]["path"].parent
-    paths = []
-    for part in index["parts"]:
-        path = home / part["file"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != part["bytes"]:
-            found = "is missing" if size is None else f"holds {size} bytes instead of {part['bytes']}"
-            raise UserError(f"{path} {found}: run `snakemake --cores all`, which builds it again.")
-        paths.append(path)
-    signals = open_signals(paths, sorted(needs.teacher), job.checkpoints() / "signals")
-    if signals.example_ids != example_ids:
-        raise UserError(
-            f"The teacher signals in {home} hold {signals.count} examples in another order or number than the "
-            f"{len(example_ids)} of the corpus: let snakemake make them again."
-        )
-    return signals
-
-
-def online_teacher(job: stage.Job, view: "ByteView", needs: "Needs", table: "pa.Table") -> Any:
-    """Return a function that computes the signals of a micro-batch with the teacher itself."""
-    import numpy as np
+def make_projectors(
+    losses: "list[Loss]", sides: "Sides", pair: "Pair | None", seed: int
+) -> "dict[str, torch.nn.Module]":
+    """Return the weights that losses have of their own, by the loss's name."""
     import torch
 
-    from stages.models.loading import load_model
-    from stages.signals.compute import check_finite, teacher_pass, wanted_signals
-    from stages.tokenization.batches import token_places
-    from stages.training import job as training
-    from stages.training.data import Examples
-    from stages.training.models import body_of, find_head, teacher_dtype
-
-    device = torch.device(training.device())
-    name = job.spec["teacher_model"]["name"]
-    dtype = teacher_dtype(job.spec["train"].get("dtype", "auto"), device)
-    model = load_model(job.spec["teacher_model"], job.inputs.get("teacher"), dtype).to(device).eval()
-    model.requires_grad_(False)
-    head = find_head(model, view.vocab_size, name, view.name)
-    training.refuse_long(view, table, model, name)
-    kept = {"boundary": "boundary_logprob" in needs.teacher, "eos": "eos_logprob" in needs.teacher}
-    wanted = wanted_signals(kept, view.boundary_mask(job.spec["loss"]["space_mask_mode"]), view.eos_id, device)
-
-    def ask(examples: Examples) -> None:
-        batch = examples.teacher
-        assert batch is not None
-        order = np.argsort(-np.diff(batch.offsets), kind="stable")
-        found = teacher_pass(body_of(model), head, batch.ids, batch.offsets, order, wanted)
-        places = token_places(batch.offsets, order)
-        for column, values in found.items():
-            examples.signals[column] = np.empty_like(values)
-            examples.signals[column][places] = values
-        check_finite(examples.signals, batch.offsets, [str(i) for i in range(len(order))], name)
-
-    return ask
+    made = {}
+    for loss in losses:
+        if hasattr(loss.module, "projectors"):
+            source = torch.Generator().manual_seed(seed_of(seed, "projectors", loss.name) % 2**63)
+            made[loss.name] = loss.module.projectors(loss.options, sides, source, pair)
+    return made
 
 
 if __name__ == "__main__":

@@ -54,8 +54,9 @@ def draw(job: stage.Job, rows: list[dict[str, Any]]) -> dict[str, str]:
         drawn["learning-curves"] = figures.learning_curves(curves)
     pairs = tokenizer_pairs(job)
     if pairs:
-        series = {side: [values[side] for values in pairs.values()] for side in ("teacher", "student")}
-        drawn["fertility"] = figures.grouped_bars(list(pairs), series, "bytes per token")
+        overall = {name: rows[:2] for name, rows in pairs.items()}
+        drawn["fertility"] = figures.fertility_bars(overall)
+        drawn["fertility-by-class"] = figures.fertility_by_class({name: rows[2:] for name, rows in pairs.items()})
     distances = mapping_distances(job)
     if distances:
         drawn["mapping-distance"] = figures.distance_histogram(distances)
@@ -98,30 +99,45 @@ def learning_curves(job: stage.Job) -> list[dict[str, Any]]:
     return curves
 
 
-def tokenizer_pairs(job: stage.Job) -> dict[str, dict[str, float]]:
-    """Return "teacher → student, corpus" -> bytes per token of both sides."""
+def tokenizer_pairs(job: stage.Job) -> dict[str, list[dict[str, Any]]]:
+    """Return "teacher → student, corpus" -> rows of schema FERTILITY, those of all text first."""
+    from stages.artifacts.schemas import FERTILITY
+    from stages.artifacts.tables import read_table
+
     found = {}
     for statistics in job.inputs.get("statistics", []):
         teacher, student, _, corpus = Path(statistics["name"]).parts[-5:-1]
-        summary = json.loads(data_path(statistics, "summary.json").read_text(encoding="utf-8"))
-        sides = {side: summary["sides"][side]["bytes_per_token"] for side in ("teacher", "student")}
-        if None not in sides.values():
-            found[f"{teacher} → {student}\n{corpus}"] = sides
+        rows = read_table(data_path(statistics, "fertility.parquet"), FERTILITY).to_pylist()
+        if rows:
+            found[f"{teacher} → {student}\n{corpus}"] = rows
     return found
 
 
-def mapping_distances(job: stage.Job) -> dict[str, dict[int, int]]:
-    """Return "teacher → student" -> edit distance -> number of student tokens mapped at that distance."""
+def mapping_distances(job: stage.Job) -> dict[str, dict[str, dict[int, float]]]:
+    """Return "teacher → student" -> "vocabulary" and "use" -> edit distance -> share of all tokens mined at it.
+
+    Of the vocabulary the share is of token ids, of use that of the tokens of the pair's corpora, where it has any.
+    """
+    import numpy as np
+
     from stages.artifacts.schemas import MAPPING
     from stages.artifacts.tables import read_table
+    from stages.inspection.mappings import uses
+    from stages.summary.collect import counts_of_pair
 
     found = {}
     for mapping in job.inputs.get("mappings", []):
         teacher, student = Path(mapping["name"]).parts[-4:-2]
-        table = read_table(data_path(mapping, "mapping.parquet"), MAPPING, ["kind", "distance"]).to_pylist()
-        counts = Counter(row["distance"] for row in table if row["kind"] == "mined")
-        if counts:
-            found[f"{teacher} → {student}"] = dict(sorted(counts.items()))
+        table = read_table(data_path(mapping, "mapping.parquet"), MAPPING, ["kind", "distance"])
+        mined = np.array(table["kind"].to_pylist()) == "mined"
+        used = uses(counts_of_pair(job, mapping), "student", len(mined))
+        weights = {"vocabulary": np.ones(len(mined))} | ({} if used is None or not used.any() else {"use": used})
+        if mined.any():
+            distance = table["distance"].to_numpy()[mined]
+            found[f"{teacher} → {student}"] = {
+                name: dict(enumerate((np.bincount(distance, weight[mined]) / weight.sum()).tolist()))
+                for name, weight in weights.items()
+            }
     return found
 
 

@@ -8,10 +8,10 @@ def main(argv: list[str] | None = None) -> None:
     job = stage.parse("stages.teacher_head", __doc__, argv)
     import torch
 
-    from stages.models.loading import load_model
+    from stages.models.loading import load_model, teacher_dtype
     from stages.signals.matrices import FILE, save_side
     from stages.tokenization import ByteView
-    from stages.training.models import Side, find_head, teacher_dtype
+    from stages.training.models import Side, find_head
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -31,11 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     from stages.artifacts.schemas import EXAMPLES
     from stages.artifacts.tables import read_table
     from stages.core.seeds import seed_of
-    from stages.models.loading import check_length, load_model
+    from stages.models.loading import check_length, load_model, teacher_dtype
     from stages.signals.compute import wanted_signals
     from stages.tokenization import ByteView
     from stages.tokenization.batches import refuse_inexact
-    from stages.training.models import body_of, find_head, teacher_dtype
+    from stages.training.models import body_of, find_head
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)

@@ -1,7 +1,6 @@
-"""Count what two tokenizers make of a corpus: tokens, fertility, vocabulary overlap, aligned chunks."""
+"""Count what two tokenizers make of a corpus: tokens, fertility, overlap and coverage of vocabularies, chunks."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from stages.core import stage
@@ -12,13 +11,14 @@ DRAWN_BYTES = (24, 160)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write counts.parquet (schema COUNTS), summary.json and alignments.json."""
+    """Write counts, fertility and coverage (schemas of their names), summary.json and alignments.json."""
     job = stage.parse("stages.tokenizer_stats", __doc__, argv)
+    import pyarrow as pa
     from tqdm import tqdm
 
-    from stages.alignment.statistics import PairStatistics, drawn_alignment
-    from stages.artifacts.schemas import EXAMPLES
-    from stages.artifacts.tables import read_batches
+    from stages.alignment.statistics import PairStatistics, ahead, drawn_alignment
+    from stages.artifacts.schemas import COVERAGE, EXAMPLES, FERTILITY
+    from stages.artifacts.tables import read_batches, write_table
     from stages.core.artifact import write_json
     from stages.tokenization import ByteView
 
@@ -27,9 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     sample = _Sample()
     with job.publish() as draft:
         batches = read_batches(job.data("corpus", "train.parquet"), EXAMPLES, ROWS)
-        for batch in tqdm(batches, desc="batches of examples"):
-            rows = batch.to_pylist()
-            statistics.add([row["slots"] for row in rows])
+        rows_of = (batch.to_pylist() for batch in tqdm(batches, desc="batches of examples"))
+        for rows, encoded in ahead(lambda rows: statistics.encode([row["slots"] for row in rows]), rows_of):
+            slots, starts = ([row[name] for row in rows] for name in ("slots", "starts_document"))
+            statistics.add(slots, encoded, starts)
             sample.add(rows)
         drawn = [
             {"example_id": row["example_id"], "text": "".join(slot["text"] for slot in row["slots"])}
@@ -37,10 +38,16 @@ def main(argv: list[str] | None = None) -> None:
             for row in sample.rows
         ]
         summary = statistics.summary()
+        tables = {
+            "counts": _counts(statistics),
+            "fertility": pa.Table.from_pylist(summary.pop("fertility"), FERTILITY),
+            "coverage": pa.Table.from_pylist(summary.pop("coverage"), COVERAGE),
+        }
+        for name, table in tables.items():
+            write_table(draft.folder / f"{name}.parquet", table, job.identity)
+            draft.describe[f"{name}.parquet"] = {"rows": table.num_rows}
         write_json(draft.folder / "summary.json", summary)
         write_json(draft.folder / "alignments.json", drawn)
-        rows = _write_counts(statistics, draft.folder / "counts.parquet", job.identity)
-        draft.describe["counts.parquet"] = {"rows": rows}
         draft.metrics |= {
             "teacher_bytes_per_token": summary["sides"]["teacher"]["bytes_per_token"],
             "student_bytes_per_token": summary["sides"]["student"]["bytes_per_token"],
@@ -65,11 +72,11 @@ def _rank(row: dict[str, Any]) -> tuple[bool, int, bytes]:
     return not fits, 0 if fits else row["bytes"], hashlib.sha256(row["example_id"].encode()).digest()
 
 
-def _write_counts(statistics: Any, path: Path, identity: dict[str, str]) -> int:
+def _counts(statistics: Any) -> Any:
+    """Return the table of schema COUNTS: every token id of both sides."""
     import pyarrow as pa
 
     from stages.artifacts.schemas import COUNTS
-    from stages.artifacts.tables import write_table
 
     tables = []
     for side, view in statistics.views.items():
@@ -77,9 +84,7 @@ def _write_counts(statistics: Any, path: Path, identity: dict[str, str]) -> int:
         columns = [[side] * size, range(size), view.token_bytes, statistics.counts[side]]
         arrays = [pa.array(values, field.type) for values, field in zip(columns, COUNTS, strict=True)]
         tables.append(pa.Table.from_arrays(arrays, schema=COUNTS))
-    table = pa.concat_tables(tables)
-    write_table(path, table, identity)
-    return table.num_rows
+    return pa.concat_tables(tables)
 
 
 if __name__ == "__main__":

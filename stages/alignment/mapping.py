@@ -1,83 +1,130 @@
-"""MinED: for each token of one vocabulary, the nearest token of another by Levenshtein distance over bytes.
+"""For each token of one vocabulary (source), the token of another (target) that stands for it.
 
-The distances are those of tokenkit's `baseline_utils.compute_mined_mapping`; ties fall otherwise: to the longest common
-prefix, then to the lowest id. Specials are matched by role, never by spelling.
+One table serves every method: a method that wants exact matches reads the rows of kind exact and special, one that
+wants the longest prefix reads `prefix_id`, and one that wants MinED reads the match itself.
+
+- Distances are Levenshtein over bytes, those of tokenkit's `compute_mined_mapping`. Among the nearest tokens the
+  longest common prefix wins, then the more frequent token, then the lower id. Tokenizers record how frequent a token
+  was in their training text as the order of BPE merges or the score of a Unigram piece; without either the id decides.
+- Ids with the same bytes have the same match. Of target ids with the same bytes the one that `ByteView.id_of_bytes`
+  names is matched, the others never are; a runner-up always has other bytes.
+- A byte fallback `<0xNN>` is the byte NN, and takes part like any token.
+- Specials are matched by role, then by their text, then by what stands in for the role; never by edit distance.
+- An id without a token (a hole) has no match.
 """
 
-import os
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from stages.alignment.nearest import nearest
 from stages.tokenization.view import ByteView
 
-# What stands for a special token that the teacher has none of.
+# What stands for a special token that the target has none of.
 _STAND_IN = {"bos": "eos", "pad": "eos", "end_of_turn": "eos"}
-_CELLS = 1 << 24  # distances held at once, 2 bytes each
 
 
 class Match(NamedTuple):
-    """The teacher token for a student token; `kind` is exact, mined, special or none (teacher_id -1, distance -1)."""
+    """The target token for a source token; an id of -1 is no token, kind is exact, mined, special or none.
 
-    teacher_id: int
-    distance: int
+    `confidence` of a mined match is the share of bytes that it keeps, times how much nearer it is than the runner-up:
+    (1 - distance / longer length) * runner-up's distance / (distance + runner-up's distance), at most half for a tie.
+    `reliable`: exact, special, or of a normalised distance below the limit. `prefix` is the id of the longest target
+    token that the source token begins with; of a special, its match.
+    """
+
+    identity: int
+    content: bytes | None
     kind: str
+    distance: int
+    normalised_distance: float | None
+    confidence: float
+    reliable: bool
+    runner_up: int
+    runner_up_distance: int
+    prefix: int
 
 
-def mine(teacher: ByteView, student: ByteView) -> Iterator[Match]:
-    """Yield a Match for each student id, in order. Exact: every pair that could be nearest is compared."""
-    known = teacher.id_of_bytes
-    missing = [token for token in dict.fromkeys(student.token_bytes) if token and token not in known]
-    nearest = dict(zip(missing, nearest_tokens(missing, known), strict=True))
-    for identity, token in enumerate(student.token_bytes):
-        if token is None:
-            yield _special(teacher, student, identity)
-        elif token in known:
-            yield Match(known[token], 0, "exact")
-        elif token in nearest:
-            yield Match(*nearest[token], "mined")
+_NONE = Match(-1, None, "none", -1, None, 0.0, False, -1, -1, -1)
+
+
+def mine(target: ByteView, source: ByteView, max_distance: float) -> Iterator[Match]:
+    """Yield the Match of each source id, in order.
+
+    `max_distance` is a distance divided by the two lengths together, as in CDM: mined matches below it are reliable.
+    """
+    known = target.id_of_bytes
+    missing = [token for token in dict.fromkeys(source.token_bytes) if token and token not in known]
+    mined = dict(zip(missing, _mined(missing, target, max_distance), strict=True))
+    for identity, token in enumerate(source.token_bytes):
+        if token in known:
+            yield Match(known[token], token, "exact", 0, 0.0, 1.0, True, -1, -1, known[token])
+        elif token in mined:
+            yield mined[token]
+        elif identity in source.special_ids and (found := _special(target, source, identity)) is not None:
+            yield Match(found, target.token_bytes[found], "special", 0, 0.0, 1.0, True, -1, -1, found)
         else:
-            yield Match(-1, -1, "none")
+            yield _NONE
 
 
 def nearest_tokens(queries: Sequence[bytes], choices: dict[bytes, int]) -> Iterator[tuple[int, int]]:
-    """Yield (id, Levenshtein distance in bytes) of the choice nearest to each query; memory is bounded."""
-    from rapidfuzz.distance import Levenshtein
-    from rapidfuzz.process import cdist
-
-    # Latin-1 maps each byte to one character. Sorted, the choices that share most of a query's start are neighbours.
-    spelled = sorted(token.decode("latin-1") for token in choices)
-    ids = np.array([choices[text.encode("latin-1")] for text in spelled])
-    rows = max(1, _CELLS // max(1, len(spelled)))
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else -1
-    for start in range(0, len(queries), rows):
-        batch = [query.decode("latin-1") for query in queries[start : start + rows]]
-        distances = cdist(batch, spelled, scorer=Levenshtein.distance, dtype=np.uint16, workers=workers)
-        least = distances.min(axis=1)
-        for query, row, distance in zip(batch, distances, least, strict=True):
-            yield _first_of(np.flatnonzero(row == distance), query, spelled, ids), int(distance)
+    """Yield (id, Levenshtein distance in bytes) of the choice nearest to each query; see `nearest` for more."""
+    tokens = sorted(choices, key=choices.__getitem__)
+    found = nearest(queries, tokens)
+    for index, distance in zip(found.index[:, 0].tolist(), found.distance[:, 0].tolist(), strict=True):
+        yield choices[tokens[index]], distance
 
 
-def _first_of(tied: np.ndarray, query: str, spelled: list[str], ids: np.ndarray) -> int:
-    """Return the id, among tied choices (sorted positions), with the longest common prefix, then the lowest id."""
-    place = int(np.searchsorted(tied, bisect_left(spelled, query)))
-    around = [spelled[i] for i in tied[max(0, place - 1) : place + 1]]
-    prefix = query[: max(_common(query, text) for text in around)]
-    begin = bisect_left(spelled, prefix)
-    end = bisect_left(spelled, prefix + "\U0010ffff")
-    return int(ids[tied[np.searchsorted(tied, begin) : np.searchsorted(tied, end)]].min())
+def frequency_ranks(view: ByteView) -> np.ndarray:
+    """Return int64 [vocab]: lower for what was more frequent in the training text of the tokenizer, as far as it tells.
+
+    Of BPE the place of the merge that makes a token; tokens that no merge makes come first, as all others are made of
+    them. Of Unigram the place by score. Tokens added later come last. Of any other model all ranks are 0.
+    """
+    model, recorded = view.model, {}
+    if model["type"] == "BPE":
+        prefix = model.get("continuing_subword_prefix") or ""
+        merged = [left + right.removeprefix(prefix) for left, right in model["merges"]]
+        first = {token: place for place, token in reversed(list(enumerate(merged, 1)))}
+        recorded = {identity: first.get(token, 0) for token, identity in model["vocab"].items()}
+    elif model["type"] == "Unigram":
+        scores = [score for _, score in model["vocab"]]
+        place = {score: rank for rank, score in enumerate(sorted(set(scores), reverse=True))}
+        recorded = {identity: place[score] for identity, score in enumerate(scores)}
+    ranks = np.full(view.vocab_size, max(recorded.values(), default=-1) + 1)
+    ranks[list(recorded)] = list(recorded.values())
+    return ranks
 
 
-def _common(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _mined(tokens: list[bytes], target: ByteView, max_distance: float) -> Iterator[Match]:
+    known = target.id_of_bytes
+    choices = sorted(known, key=known.__getitem__)
+    ids = [known[token] for token in choices]
+    found = nearest(tokens, choices, frequency_ranks(target)[ids])
+    for token, (index, other), (distance, second) in zip(
+        tokens, found.index.tolist(), found.distance.tolist(), strict=True
+    ):
+        if index < 0:
+            yield _NONE
+            continue
+        normalised = distance / (len(token) + len(choices[index]))
+        margin = second / (distance + second) if other >= 0 else 1.0
+        confidence = (1 - distance / max(len(token), len(choices[index]))) * margin
+        runner_up = ids[other] if other >= 0 else -1
+        prefix = next((known[token[:end]] for end in range(len(token), 0, -1) if token[:end] in known), -1)
+        yield Match(
+            ids[index], choices[index], "mined", distance, normalised, confidence, normalised < max_distance,
+            runner_up, second, prefix,
+        )  # fmt: skip
 
 
-def _special(teacher: ByteView, student: ByteView, identity: int) -> Match:
-    """Match a special token by role, by a stand-in for the role, or by its text if it has no role."""
-    role = student.role_of.get(identity)
-    found = teacher.roles.get(role, teacher.roles.get(_STAND_IN.get(role, "")))
-    if found is None and identity in student.special_ids:
-        found = teacher.special_named(student.string_of(identity))
-    return Match(-1, -1, "none") if found is None else Match(found, 0, "special")
+def _special(target: ByteView, source: ByteView, identity: int) -> int | None:
+    """Return the special of the target for one of the source: of a role it has, of its text, or a stand-in's."""
+    own = [source.role_of[identity], *(role for role, special in source.roles.items() if special == identity)]
+    found = next((target.roles[role] for role in own if role in target.roles), None)
+    if found is None:
+        found = target.special_named(source.string_of(identity))
+    if found is None:
+        found = next((target.roles[_STAND_IN[role]] for role in own if _STAND_IN.get(role) in target.roles), None)
+    return found

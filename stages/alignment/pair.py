@@ -12,8 +12,9 @@ from stages.tokenization.view import ByteView
 class Matches:
     """For each id of one vocabulary the id of the other that stands for it, int64 [V], -1 for none.
 
-    `exact`: with the same bytes, or the same role of a special token; `prefix`: the longest token that its bytes begin
-    with; `nearest`: the least edit distance, exact matches among them; `reliable` bool [V]: whether that is near enough.
+    `exact`: with the same bytes, or the same role of a special token; `prefix`: the longest token that its bytes
+    begin with; `nearest`: the least edit distance, exact matches among them; `reliable` bool [V]: whether that is near
+    enough.
     """
 
     exact: np.ndarray
@@ -22,7 +23,7 @@ class Matches:
     reliable: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity, so that what is made of it can be cached
 class Projection:
     """X-Token's sparse projection (arXiv 2605.21699): the teacher's tokens for each of the student's, with weights.
 
@@ -37,7 +38,7 @@ class Projection:
 class Pair:
     """The tokenizers of a distillation and what was mined of them; None where no loss asks for it.
 
-    `to_teacher` by student id, `to_student` by teacher id.
+    `to_teacher` by student id, `to_student` by teacher id. `bias` and `side_path_bias` are of two thresholds.
     """
 
     teacher: ByteView
@@ -46,3 +47,4 @@ class Pair:
     to_student: Matches | None = None
     projection: Projection | None = None
     bias: BiasTable | None = None
+    side_path_bias: BiasTable | None = None

@@ -1,22 +1,28 @@
-"""What two tokenizers make of the same text: counts, fertility, vocabulary overlap, chunk shapes."""
+"""What two tokenizers make of the same text: counts, fertility, vocabulary overlap, coverage, chunk shapes.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+Ordered by name only: the statistics of a pair the other way round are their mirror image, but for the advice.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
 from stages.alignment.chunks import align
-from stages.tokenization.encoding import SLOTS_PER_MESSAGE, EncodedBatch
+from stages.alignment.coverage import SIDES, advice, audit
+from stages.alignment.fertility import ALL, Fertility
+from stages.tokenization.encoding import SCALE, SLOTS_PER_MESSAGE, EncodedBatch
 from stages.tokenization.view import ByteView
 
-SIDES = ("teacher", "student")
 SHAPES = ("1-1", "1-n", "n-1", "n-m")  # teacher tokens - student tokens
 REPORTED_KINDS = ("unconstrained", "space", "greedy")
 LONGEST = 64  # chunk lengths from here on share the last bin of the histogram
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class PairStatistics:
-    """Statistics over examples, added batch by batch. Only text tokens count, never those of templates.
+    """Statistics over examples, added batch by batch in corpus order. Only text tokens count, never those of templates.
 
     In the summary, `lengths` of a chunk kind is a histogram: how many chunks have 0, 1, ..., LONGEST (or more) bytes.
     """
@@ -25,22 +31,33 @@ class PairStatistics:
         self.views = dict(zip(SIDES, (teacher, student), strict=True))
         self.counts = {side: np.zeros(view.vocab_size, np.int64) for side, view in self.views.items()}
         self.failures = dict.fromkeys(SIDES, 0)
-        self.examples = self.bytes = self.words = 0
+        self.examples = 0
+        self.fertility = Fertility()
         self.shapes = {kind: np.zeros(len(SHAPES), np.int64) for kind in REPORTED_KINDS}
         self.lengths = {kind: np.zeros(LONGEST + 1, np.int64) for kind in REPORTED_KINDS}
 
-    def add(self, slots_per_example: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        """Add examples, each a list of slots as `ByteView.encode_examples` takes them."""
-        texts = [slot["text"] for slots in slots_per_example for slot in slots]
-        self.examples += len(slots_per_example)
-        self.bytes += sum(len(text.encode()) for text in texts)
-        self.words += sum(len(text.split()) for text in texts)
-        batches = {side: view.encode_examples(slots_per_example) for side, view in self.views.items()}
-        for side, batch in batches.items():
+    def encode(self, slots_per_example: Sequence[Sequence[Mapping[str, Any]]]) -> list[EncodedBatch]:
+        """Return the tokens of each side for examples, each a list of slots as `ByteView.encode_examples` takes."""
+        return [view.encode_examples(slots_per_example) for view in self.views.values()]
+
+    def add(
+        self,
+        slots_per_example: Sequence[Sequence[Mapping[str, Any]]],
+        encoded: Sequence[EncodedBatch],
+        starts_document: Sequence[bool],
+    ) -> None:
+        """Add examples with what `encode` made of them; `starts_document` as in the EXAMPLES schema."""
+        self.count(encoded)
+        self.fertility.add(slots_per_example, encoded, starts_document)
+        for kind in REPORTED_KINDS:
+            self._add_chunks(kind, *encoded)
+
+    def count(self, encoded: Sequence[EncodedBatch]) -> None:
+        """Add the number of times that each token is used; part of `add`."""
+        self.examples += len(encoded[0].exact)
+        for side, batch in zip(SIDES, encoded, strict=True):
             self.counts[side] += np.bincount(batch.ids[_is_text(batch)], minlength=len(self.counts[side]))
             self.failures[side] += int((~batch.exact).sum())
-        for kind in REPORTED_KINDS:
-            self._add_chunks(kind, batches["teacher"], batches["student"])
 
     def _add_chunks(self, kind: str, teacher: EncodedBatch, student: EncodedBatch) -> None:
         chunk_teacher, chunk_student, n_chunks = align(teacher, student, kind, scored=False)
@@ -58,26 +75,48 @@ class PairStatistics:
         self.lengths[kind] += np.bincount(np.minimum(lengths[in_text], LONGEST), minlength=LONGEST + 1)
 
     def summary(self) -> dict[str, Any]:
-        """Return all figures as JSON values; shares are of 1, lengths in bytes."""
+        """Return all figures as JSON values; shares are of 1, lengths in bytes, intervals at 95 %.
+
+        `fertility` and `coverage` are rows of the schemas of their names.
+        """
         used = {side: int(counts.sum()) for side, counts in self.counts.items()}
+        fertility = self.fertility.rows()
+        overall = {row["side"]: row for row in fertility if row["class"] == ALL}
+        chunks = {kind: self._chunks(kind) for kind in REPORTED_KINDS}
+        coverage = audit({side: view.token_bytes for side, view in self.views.items()}, self.counts)
         return {
             "examples": self.examples,
+            "documents": overall["teacher"]["documents"] if overall else 0,
             "bytes": self.bytes,
-            "words": self.words,
-            "sides": {side: self._side(side, used[side]) for side in SIDES},
+            "words": round(self.fertility.sums[-1, 1]),
+            "sides": {side: self._side(side, used[side], overall.get(side)) for side in SIDES},
             "overlap": self._overlap(used),
-            "chunks": {kind: self._chunks(kind) for kind in REPORTED_KINDS},
+            "chunks": chunks,
+            "fertility": fertility,
+            "coverage": coverage,
+            "advice": advice(coverage, chunks["unconstrained"]["shares"]["1-1"] or 0.0),
         }
 
-    def _side(self, side: str, tokens: int) -> dict[str, Any]:
+    @property
+    def bytes(self) -> int:
+        """Bytes of the text."""
+        return round(self.fertility.sums[-1, 0])
+
+    def _side(self, side: str, tokens: int, overall: Mapping[str, Any] | None) -> dict[str, Any]:
         view = self.views[side]
+        ratios = {}
+        for name in ("bytes_per_token", "tokens_per_word"):
+            value, low, high = (overall[f"{name}{end}"] if overall else None for end in ("", "_low", "_high"))
+            ratios |= {
+                name: _rounded(value),
+                f"{name}_interval": None if low is None else [_rounded(low), _rounded(high)],
+            }
         return {
             "name": view.name,
             "vocab_size": view.vocab_size,
             "tokens": tokens,
             "distinct_tokens": int((self.counts[side] > 0).sum()),
-            "bytes_per_token": _ratio(self.bytes, tokens),
-            "tokens_per_word": _ratio(tokens, self.words),
+            **ratios,
             "round_trip_failures": self.failures[side],
         }
 
@@ -102,6 +141,19 @@ class PairStatistics:
         }
 
 
+def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, function(item)), one item ahead in a thread: tokenizers work while numpy counts."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: list[tuple[Item, Future[Result]]] = []
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
+            if len(pending) > 1:
+                earlier, result = pending.pop(0)
+                yield earlier, result.result()
+        for earlier, result in pending:
+            yield earlier, result.result()
+
+
 def drawn_alignment(teacher: ByteView, student: ByteView, slots: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one example's tokens, readable, and chunk ids (unconstrained) of both sides, for drawing."""
     batches = [view.encode_examples([slots]) for view in (teacher, student)]
@@ -124,8 +176,14 @@ def _global_chunks(batch: EncodedBatch, chunks: np.ndarray, n_chunks: np.ndarray
 
 
 def _per_chunk(batch: EncodedBatch, chunks: np.ndarray, n_chunks: np.ndarray) -> np.ndarray:
-    return np.bincount(_global_chunks(batch, chunks, n_chunks)[0], minlength=int(n_chunks.sum()))
+    """Return the number of tokens of each chunk that cover a byte of it: a dummy space on its own is none."""
+    index, counted = _global_chunks(batch, chunks, n_chunks)
+    return np.bincount(index[batch.ends[counted] % SCALE == 0], minlength=int(n_chunks.sum()))
 
 
 def _ratio(part: int, whole: int) -> float | None:
     return round(part / whole, 6) if whole else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from stages.artifacts import schemas
 from stages.artifacts.tables import open_table
 from stages.core.errors import UserError
+from stages.inspection import mappings
 from stages.inspection.origin import open_input
 from stages.inspection.text import readable, shorten, table
 
@@ -59,6 +60,18 @@ def generic(path: Path, manifest: dict[str, Any] | None) -> str:
     )
 
 
+def generations(path: Path, manifest: dict[str, Any] | None) -> str:
+    """How answers ended, and the first ones."""
+    rows = pq.read_table(path).to_pylist()
+    reasons = Counter(row["finish_reason"] for row in rows)
+    kept = sum(row["kept"] for row in rows)
+    ends = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    keys = ("document_id", "finish_reason", "kept", "prompt_tokens", "answer")
+    lines = [(*(row[key] for key in keys[:-1]), len(row["output_ids"]), row["answer"]) for row in rows[:LINES]]
+    header = ("document", "finish", "kept", "prompt tokens", "tokens", "answer")
+    return f"  {ends}; {kept} kept\n{table(header, lines)}"
+
+
 def examples(path: Path, manifest: dict[str, Any] | None) -> str:
     """The first examples of a corpus as text."""
     blocks = []
@@ -71,22 +84,42 @@ def examples(path: Path, manifest: dict[str, Any] | None) -> str:
 
 
 def mapping(path: Path, manifest: dict[str, Any] | None) -> str:
-    """Counts by kind, the ten nearest mined tokens and the ten farthest."""
-    rows = pq.read_table(path).to_pylist()
-    mined = sorted(
-        (row for row in rows if row["kind"] == "mined"), key=lambda row: (row["distance"], row["student_id"])
-    )
+    """Counts by kind, the best and worst mined tokens, and of the unreliable ones those that are used most."""
+    found = pq.read_table(path)
+    side, other = ("student", "teacher") if found.column_names[0] == "student_id" else ("teacher", "student")
+    rows = found.to_pylist()
+    keys = [f"{side}_id", f"{side}_bytes", f"{other}_id", f"{other}_bytes", "distance", "normalised_distance"]
+    keys += ["confidence", "runner_up_id"]
+    header = [key.replace("bytes", "token").replace("_", " ") for key in keys]
+
+    def lines(part: list[dict[str, Any]], *more: str) -> str:
+        return table([*header, *more], [[row[key] for key in (*keys, *more)] for row in part])
+
+    mined = mappings.mined(rows, side)
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(row["kind"] for row in rows).most_common())
-    header = ("student id", "student token", "teacher id", "teacher token", "distance")
+    head = f"  {kinds}; {sum(not row['reliable'] for row in mined)} of the mined ones unreliable"
+    statistics = path.resolve().parent.parent / "statistics"
+    used = mappings.uses(sorted(statistics.glob("*/counts.parquet")), side, len(rows))
+    if used is None:
+        last = f"  no statistics of this pair in {statistics}: which unreliable ones are used most is not known"
+    else:
+        most = mappings.unreliable(rows, side, used)[:10]
+        last = f"  unreliable and used most:\n{lines(most, 'uses')}" if most else "  no unreliable one is used"
+    return f"{head}\n  best mined:\n{lines(mined[:10])}\n  worst mined:\n{lines(mined[::-1][:10])}\n{last}"
 
-    def lines(part: list[dict]) -> list[tuple]:
-        return [
-            tuple(row[key] for key in ("student_id", "student_bytes", "teacher_id", "teacher_bytes", "distance"))
-            for row in part
-        ]
 
-    nearest, farthest = table(header, lines(mined[:10])), table(header, lines(mined[::-1][:10]))
-    return f"  {kinds}\n  nearest mined:\n{nearest}\n  farthest:\n{farthest}"
+def projection(path: Path, manifest: dict[str, Any] | None) -> str:
+    """The first student tokens whose probability goes to several teacher tokens."""
+    rows = pq.read_table(path)
+    student, teacher = (token_texts(manifest, name) for name in ("tokenizer", "teacher_tokenizer"))
+    shared = pc.less(rows["weight"], 1)
+    targets: dict[int, list[str]] = {}
+    for row in rows.filter(shared).slice(0, 64).to_pylist():
+        name = teacher.get(row["teacher_id"], str(row["teacher_id"]))
+        targets.setdefault(row["student_id"], []).append(f"{name} {row['weight']:.3f}")
+    lines = [(i, student.get(i, str(i)), "  ".join(parts)) for i, parts in list(targets.items())[:LINES]]
+    whole = rows.num_rows - (pc.sum(shared).as_py() or 0)
+    return f"  {whole} student tokens have one teacher token\n{table(('id', 'student token', 'teacher tokens'), lines)}"
 
 
 def provenance(path: Path, manifest: dict[str, Any] | None) -> str:
@@ -132,6 +165,55 @@ def counts(path: Path, manifest: dict[str, Any] | None) -> str:
         lines = [(row["id"], row["bytes"], row["count"]) for row in part.slice(0, 10).to_pylist()]
         blocks.append(f"  {side}, {pc.sum(part['count']).as_py()} tokens:\n{table(('id', 'token', 'count'), lines)}")
     return "\n".join(blocks)
+
+
+def fertility(path: Path, manifest: dict[str, Any] | None) -> str:
+    """Bytes per token and tokens per word of both sides in each class of characters, with 95 % intervals."""
+
+    def interval(row: dict[str, Any], name: str) -> str:
+        value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+        if value is None:
+            return "-"
+        return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+    rows = pq.read_table(path).to_pylist()
+    lines = [
+        [row[name] for name in ("class", "side", "bytes", "tokens")]
+        + [interval(row, name) for name in ("bytes_per_token", "tokens_per_word")]
+        for row in rows
+    ]
+    return table(("class", "side", "bytes", "tokens", "bytes per token", "tokens per word"), lines)
+
+
+def coverage(path: Path, manifest: dict[str, Any] | None) -> str:
+    """What each side's vocabulary has in common with the other's, and the advice that lies in the summary beside it."""
+    lines = [
+        [row["side"], row["group"]]
+        + [value for of in ("types", "uses") for value in (row[of], _percent(row[f"matched_{of}"], row[of]))]
+        + [" ".join(map(readable, row["unmatched"]))]
+        for row in pq.read_table(path).to_pylist()
+    ]
+    header = ("side", "tokens", "types", "matched", "uses", "matched", "most used without a match")
+    summary = path.with_name("summary.json")
+    advice = json.loads(summary.read_text(encoding="utf-8"))["advice"] if summary.is_file() else []
+    return "\n".join([table(header, lines), *(f"  {sentence}" for sentence in advice)])
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def bias(path: Path, manifest: dict[str, Any] | None) -> str:
+    """How many pairs are free of bias, and the most used pairs that are not."""
+    rows = pq.read_table(path)
+    worst = pc.max_element_wise(rows["bias1"], rows["bias2"])
+    uses = pc.min_element_wise(rows["teacher_count"], rows["student_count"])
+    free = pc.sum(pc.equal(worst, 0)).as_py() or 0
+    rows = rows.append_column("uses", uses).filter(pc.greater(worst, 0)).sort_by([("uses", "descending")])
+    keys = ("teacher_id", "teacher_bytes", "student_id", "student_bytes", "bias1", "bias2")
+    lines = [tuple(row[key] for key in keys) for row in rows.slice(0, 16).to_pylist()]
+    header = ("teacher id", "teacher token", "student id", "student token", "bias1", "bias2")
+    return f"  {free} pairs without bias; the most used with one:\n{table(header, lines)}"
 
 
 def signals(path: Path, manifest: dict[str, Any] | None) -> str:
@@ -218,10 +300,16 @@ def _head(path: Path, rows: int) -> pa.Table:
 
 KINDS = (
     (schemas.EXAMPLES.names, examples),
+    (schemas.GENERATIONS.names, generations),
     (schemas.MAPPING.names, mapping),
+    (schemas.REVERSE_MAPPING.names, mapping),
+    (schemas.PROJECTION.names, projection),
     (schemas.PROVENANCE.names, provenance),
     (schemas.SCORES.names, scores),
     (schemas.TASK_SAMPLES.names, task_samples),
     (schemas.COUNTS.names, counts),
+    (schemas.BIAS.names, bias),
+    (schemas.FERTILITY.names, fertility),
+    (schemas.COVERAGE.names, coverage),
     (("example_id", "input_ids"), signals),
 )

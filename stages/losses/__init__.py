@@ -15,7 +15,8 @@ on top:
         micro-batches and processes before the first backward pass, so that splitting a batch changes nothing.
     loss(student, arrays, options) -> (sum, {name: sum})
         Torch. `student` maps what `needs` names to tensors (row i predicts token i + 1 of the flat micro-batch);
-        `arrays` is `Prepared.arrays` as tensors. Returns the un-normalised loss and diagnostics, normalised like the
+        its "sides" are the matrices of both models, its "pair" their tokenizers. `arrays` is `Prepared.arrays` as
+        tensors. Returns the un-normalised loss and diagnostics, normalised like the
         loss.
 
 A loss with weights of its own has a fifth:

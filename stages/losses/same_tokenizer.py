@@ -18,8 +18,9 @@ import torch
 from stages.core.errors import UserError
 from stages.losses import Needs, Prepared, Query
 from stages.losses.divergences import DIVERGENCES, check_divergence, check_temperature, divergence, with_rest
+from stages.losses.mapped import likeliest, signals_read
 from stages.losses.sft import target_rows
-from stages.signals.schema import normaliser_column, to_float32
+from stages.signals.schema import to_float32
 
 if TYPE_CHECKING:
     from stages.training.data import Examples
@@ -45,10 +46,7 @@ def needs(options: dict[str, Any]) -> Needs:
         return Needs(frozenset({"sample_ids"}))
     if options["teacher_distribution"] == "exact":
         return Needs(frozenset({"hidden"}), teacher_head=True)
-    columns = {"topk_ids", "topk_logprobs", "tail_logmass"}
-    if options["temperature"] != 1.0:
-        columns.add(normaliser_column(options["temperature"]))
-    return Needs(frozenset(columns))
+    return Needs(signals_read(options["temperature"]))
 
 
 def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
@@ -65,13 +63,9 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
         return Prepared(float(len(rows)), none, {}, query)
     if options["teacher_distribution"] == "exact":
         return Prepared(float(len(rows)), none, {"rows": rows, "teacher": to_float32(signals["hidden"][rows])})
-    logprob = signals["topk_logprobs"][rows].astype(np.float32)
-    rest = signals["tail_logmass"][rows]
-    if temperature != 1.0:
-        logprob = logprob / temperature - signals[normaliser_column(temperature)][rows][:, None]
-        rest = np.log1p(-np.exp(logprob).sum(-1).clip(0, 1 - 1e-7)).astype(np.float32)
-    query = Query(rows, signals["topk_ids"][rows].astype(np.int64), 0, temperature)
-    return Prepared(float(len(rows)), none, {"logprob": logprob, "rest": rest}, query)
+    top = likeliest(signals, rows, temperature)
+    query = Query(rows, top.ids, 0, temperature)
+    return Prepared(float(len(rows)), none, {"logprob": top.logprob, "rest": top.rest}, query)
 
 
 def loss(

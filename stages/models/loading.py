@@ -65,6 +65,13 @@ def load_model(
     return loaded
 
 
+def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """Return the type a teacher runs in: "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if setting == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
+
+
 def check_rows(model: PreTrainedModel, name: str, tokens: int, tokenizer: str) -> None:
     """Refuse a model with fewer embedding or output rows than its tokenizer has ids; rows beyond them are padding."""
     layers = {"embedding": model.get_input_embeddings(), "output": model.get_output_embeddings()}

@@ -47,7 +47,7 @@ def expand(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 CORPUS_KINDS = {
     "python_docs": "corpus_python_docs", "hub": "corpus_hub", "jsonl": "corpus_files", "parquet": "corpus_files",
-    "txt": "corpus_files", "subset": "corpus_subset",
+    "txt": "corpus_files", "subset": "corpus_subset", "generated": "corpus_generated",
 }  # fmt: skip
 SUITE_KINDS = {"bits_per_byte": "suite_bits_per_byte", "lm_eval": "suite_lm_eval"}
 
@@ -135,6 +135,8 @@ def _fill_experiments(config: dict) -> None:
         entry["teacher"] = entry["teacher"] or entry["student"]
         if entry["loss_weights"] is None:
             entry["loss_weights"] = [1.0] * len(entry["losses"])
+        if entry["loss_schedules"] is None:
+            entry["loss_schedules"] = ["constant"] * len(entry["losses"])
 
 
 def _check_references(config: dict) -> None:
@@ -147,6 +149,14 @@ def _check_references(config: dict) -> None:
                     f"Config: `corpora.{name}.of` is itself a subset; name the full corpus "
                     f"`{corpora[entry['of']]['of']}`."
                 )
+        if entry["kind"] == "generated":
+            _known(entry["prompts"], corpora, f"corpora.{name}.prompts", "corpora")
+            _known(entry["teacher"], models, f"corpora.{name}.teacher", "models")
+            if entry["prompt_bytes"] >= entry["max_bytes"]:
+                raise UserError(
+                    f"Config: `corpora.{name}.prompt_bytes` is {entry['prompt_bytes']}, which leaves no room for an "
+                    f"answer in max_bytes ({entry['max_bytes']}); lower it."
+                )
     for name, entry in tokenizers.items():
         if "train" in entry:
             _known(entry["train"]["corpus"], corpora, f"tokenizers.{name}.train.corpus", "corpora")
@@ -155,9 +165,26 @@ def _check_references(config: dict) -> None:
         if "pretrain" in entry:
             _known(entry["pretrain"]["corpus"], corpora, f"models.{name}.pretrain.corpus", "corpora")
             _check_heads(name, entry["pretrain"]["architecture"])
+    for name in corpora:
+        _refuse_circle(name, config, ())
     for name, entry in config["experiments"].items():
         _check_experiment(name, entry, config)
     _check_evaluation(config)
+
+
+def _refuse_circle(name: str, config: dict, below: tuple[str, ...]) -> None:
+    """Refuse a generated corpus whose teacher or prompts are made from it. `below`: the corpora that lead to `name`."""
+    if name in below:
+        raise UserError(f"Config: `corpora.{name}` is made from itself ({' from '.join([*below, name])}); change one.")
+    entry, made_of = config["corpora"][name], []
+    if entry["kind"] == "subset":
+        made_of.append(entry["of"])
+    if entry["kind"] == "generated":
+        teacher = config["models"][entry["teacher"]]
+        trained = (teacher.get("pretrain"), config["tokenizers"][teacher["tokenizer"]].get("train"))
+        made_of += [entry["prompts"], *(recipe["corpus"] for recipe in trained if recipe)]
+    for other in made_of:
+        _refuse_circle(other, config, (*below, name))
 
 
 def _check_heads(name: str, architecture: dict) -> None:
@@ -178,7 +205,7 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
         )
     _known(entry["teacher"], config["models"], f"{where}.teacher", "models")
     _known(entry["tokenizer"], config["tokenizers"], f"{where}.tokenizer", "tokenizers")
-    losses, weights = entry["losses"], entry["loss_weights"]
+    losses, weights, schedules = entry["losses"], entry["loss_weights"], entry["loss_schedules"]
     for loss in losses:
         if loss not in METHODS:
             raise UserError(f"Config: `{where}.losses` has `{loss}`, which is no loss; {nearest(loss, list(METHODS))}")
@@ -188,6 +215,11 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
         raise UserError(
             f"Config: `{where}.loss_weights` has {len(weights)} numbers for {len(losses)} losses; give one for each."
         )
+    if len(schedules) != len(losses):
+        raise UserError(
+            f"Config: `{where}.loss_schedules` has {len(schedules)} words for {len(losses)} losses; give one for each."
+        )
+    _check_aggregation(where, entry["multitask_aggregation_fn"], entry["train"]["train_model_mode"])
     if losses and not any(weights):
         raise UserError(f"Config: `{where}.loss_weights` are all 0, so nothing would be learned; raise one.")
     if losses and "corpus" not in entry:
@@ -195,6 +227,14 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
             f"Config: `{where}` trains ({', '.join(losses)}) but names no `corpus`; add one of "
             f"{', '.join(config['corpora'])}."
         )
+    apart = config["models"][entry["teacher"]]["tokenizer"] != entry["tokenizer"]
+    for loss in losses:
+        if METHODS[loss].same_tokenizer and apart:
+            raise UserError(
+                f"Config: `{where}.losses` has `{loss}`, which compares token by token, but its teacher has another "
+                f"tokenizer (`{config['models'][entry['teacher']]['tokenizer']}`) than its student "
+                f"(`{entry['tokenizer']}`); take a loss that crosses tokenizers."
+            )
     if "corpus" in entry:
         _known(entry["corpus"], config["corpora"], f"{where}.corpus", "corpora")
     if not losses and entry["tokenizer"] == config["models"][entry["student"]]["tokenizer"]:
@@ -221,6 +261,24 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
     for flag in filter(None, entry["alm_mode"].split("+")):
         if flag not in known_flags:
             raise UserError(f"Config: `{where}.alm_mode` has the flag `{flag}`; {nearest(flag, list(known_flags))}")
+
+
+def _check_aggregation(where: str, name: str, mode: str) -> None:
+    """Refuse a `multitask_aggregation_fn` that `stages.training.aggregation` would refuse after hours in a queue."""
+    alone = ["none", "approx_gradmag", "approx_gradmag_preserve_mag", "gradnorm"]
+    if name in alone[1:] and mode == "embeddings":
+        raise UserError(
+            f"Config: `{where}.multitask_aggregation_fn` {name} compares gradients in the last transformer block, of "
+            "which train_model_mode `embeddings` trains nothing; take gradmag."
+        )
+    if name in alone:
+        return
+    for part in name.split("+"):
+        if part in alone:
+            raise UserError(f"Config: `{where}.multitask_aggregation_fn`: `{part}` stands alone; take one of `{name}`.")
+        if part not in ("gradmag", "pcgrad") and not re.fullmatch(r"gradclip:(?=.*[1-9])\d*\.?\d+(e-?\d+)?", part):
+            known = [*alone, "gradmag", "pcgrad", "gradclip:<longest>"]
+            raise UserError(f"Config: `{where}.multitask_aggregation_fn` has `{part}`; {nearest(part, known)}")
 
 
 def _check_evaluation(config: dict) -> None:

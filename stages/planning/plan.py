@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.core import code, specs
 from stages.planning import sources
-from stages.planning.methods import METHODS
+from stages.planning.methods import METHODS, aggregation_of, method_of, options_of, signal_needs
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,29 @@ class _Planner:
 
     def corpus(self, name: str) -> str:
         entry = self.config["corpora"][name]
+        if entry["kind"] == "generated":
+            return self.generated(name)
         spec = {key: value for key, value in entry.items() if key not in ("of",)}
         if entry["kind"] in ("jsonl", "parquet", "txt"):
             spec["files"] = sources.data_files(name, entry["path"], self.digests)
             del spec["path"]
         parent = self.corpus(entry["of"]) if entry["kind"] == "subset" else None
         return self.add("corpus", f"corpora/{name}/manifest.json", spec, {"corpus": parent})
+
+    def generated(self, name: str) -> str:
+        """Return the corpus of a teacher's answers. Greedy search knows neither seed nor shape of a distribution."""
+        entry = self.config["corpora"][name]
+        model, manifest = self.model(entry["teacher"])
+        sampling = dict(entry["sampling"])
+        if not sampling["do_sample"]:
+            sampling = {key: sampling[key] for key in ("do_sample", "max_new_tokens")}
+        spec = {"model": model, "sampling": sampling, "dtype": self.config["signals"]["dtype"]}
+        spec |= {key: entry[key] for key in ("prompt_bytes", "drop_truncated", "batch_tokens", "max_bytes")}
+        if sampling["do_sample"]:
+            spec["seed"] = entry["seed"]
+        tokenizer = self.tokenizer(self.config["models"][entry["teacher"]]["tokenizer"])
+        inputs = {"corpus": self.corpus(entry["prompts"]), "tokenizer": tokenizer, "model": manifest}
+        return self.add("generate", f"corpora/{name}/manifest.json", spec, inputs)
 
     def tokenizer(self, name: str) -> str:
         entry = self.config["tokenizers"][name]
@@ -143,12 +160,11 @@ class _Planner:
     def signals(self, teacher: str, corpus: str) -> str:
         """Return the index of a teacher's signals on a corpus: the union of what all experiments need of them."""
         users = [entry for entry in self.config["experiments"].values() if self._signals_of(entry) == (teacher, corpus)]
-        methods = [METHODS[loss] for entry in users for loss in entry["losses"]]
         settings = self.config["signals"]
-        boundary = any(method.boundary for method in methods)
-        top_k = max([settings["top_k"], *(method.top_k for method in methods)])
         model, manifest = self.model(teacher)
-        spec = {"model": model, "needs": {"boundary": boundary, "eos": boundary, "top_k": top_k}}
+        spec = {"model": model, "needs": signal_needs(users, settings["top_k"])}
+        if spec["needs"]["samples"]:
+            spec["seed"] = self.config["seed"]
         spec |= {key: settings[key] for key in ("space_mask_mode", "shards", "dtype", "batch_tokens")}
         tokenizer = self.tokenizer(self.config["models"][teacher]["tokenizer"])
         inputs = {"corpus": self.corpus(corpus), "tokenizer": tokenizer, "model": manifest}
@@ -159,33 +175,50 @@ class _Planner:
         ]
         return self.add("teacher_index", f"{folder}/manifest.json", {}, {"shards": shards})
 
+    def teacher_head(self, teacher: str) -> str:
+        """Return the matrices of a teacher that some methods read beside its signals."""
+        model, manifest = self.model(teacher)
+        inputs = {"tokenizer": self.tokenizer(self.config["models"][teacher]["tokenizer"]), "model": manifest}
+        spec = {"model": model, "dtype": self.config["signals"]["dtype"]}
+        return self.add("teacher_head", f"teachers/{teacher}/head.manifest.json", spec, inputs)
+
     def experiment(self, name: str) -> tuple[dict[str, Any], str | None]:
         """Return the experiment's final model, as `model` does."""
         entry = self.config["experiments"][name]
         model, start = self.initialized(name)
         if not entry["losses"]:
             return model, start
-        methods = {loss: METHODS[loss] for loss in entry["losses"]}
+        methods = {loss: method_of(loss, entry) for loss in entry["losses"]}
         losses = [
-            {"name": loss, "module": method.module, "chunks": method.chunks, "weight": weight}
-            for (loss, method), weight in zip(methods.items(), entry["loss_weights"], strict=True)
+            {"name": loss, "module": method.module, "chunks": method.chunks, "weight": weight, "schedule": schedule}
+            for (loss, method), weight, schedule in zip(
+                methods.items(), entry["loss_weights"], entry["loss_schedules"], strict=True
+            )
         ]
-        spec = {"model": model, "losses": losses, "train": entry["train"], "seed": entry["seed"]}
+        train = entry["train"] | aggregation_of(entry)
+        spec = {"model": model, "losses": losses, "train": train, "seed": entry["seed"]}
         inputs = {
             "corpus": self.corpus(entry["corpus"]),
             "tokenizer": self.tokenizer(entry["tokenizer"]),
             "init": start,
         }
         if any(method.teacher for method in methods.values()):
-            spec["loss"] = {key: entry[key] for key in LOSS_SETTINGS}
+            spec["loss"] = options_of(entry["losses"], entry)
             spec["loss"]["space_mask_mode"] = self.config["signals"]["space_mask_mode"]
             spec["teacher"] = entry["teacher_signals"]
             spec["teacher_model"], teacher = self.model(entry["teacher"])
             inputs["teacher_tokenizer"] = self.tokenizer(self.config["models"][entry["teacher"]]["tokenizer"])
             if entry["teacher_signals"] == "cached":
                 inputs["signals"] = self.signals(entry["teacher"], entry["corpus"])
+                if any(method.head for method in methods.values()):
+                    inputs["teacher_head"] = self.teacher_head(entry["teacher"])
             else:
                 inputs["teacher"] = teacher
+                spec["needs"] = signal_needs([entry], self.config["signals"]["top_k"])
+            if any("mapping" in method.pair for method in methods.values()):
+                inputs["mapping"] = self.mapping(name)
+            if any("bias" in method.pair for method in methods.values()):
+                inputs["bias"] = self.bias(name)
         modules = sorted({method.module for method in methods.values()})
         manifest = self.add("distill", f"students/{name}/manifest.json", spec, inputs, modules)
         return model | {"path": None, "revision": None, "digest": None}, manifest
@@ -198,15 +231,40 @@ class _Planner:
     def pair(self, name: str) -> None:
         """Make statistics and mapping of the experiment's two tokenizers, where they differ."""
         entry = self.config["experiments"][name]
-        teacher, student = self.config["models"][entry["teacher"]]["tokenizer"], entry["tokenizer"]
+        teacher, student = self.tokenizers(name)
         if teacher == student:
             return
-        inputs = {"teacher_tokenizer": self.tokenizer(teacher), "tokenizer": self.tokenizer(student)}
-        folder = f"tokenizer_pairs/{teacher}/{student}"
-        self.add("mined_mapping", f"{folder}/mapping/manifest.json", {}, inputs)
+        self.mapping(name)
         if "corpus" in entry:
-            inputs["corpus"] = self.corpus(entry["corpus"])
-            self.add("tokenizer_stats", f"{folder}/statistics/{entry['corpus']}/manifest.json", {}, inputs)
+            self.statistics(name)
+
+    def statistics(self, name: str) -> str:
+        """Return the statistics of the experiment's two tokenizers on its corpus."""
+        return self._of_pair("tokenizer_stats", name, "statistics", {})
+
+    def bias(self, name: str) -> str:
+        """Return the tokenization bias between the experiment's two tokenizers on its corpus."""
+        spec = {"pairs": self.config["tokenizer_bias"]["pairs"]}
+        return self._of_pair("tokenizer_bias", name, "bias", spec, statistics=self.statistics(name))
+
+    def _of_pair(self, stage: str, name: str, part: str, spec: dict[str, Any], **inputs: str) -> str:
+        """Return an artifact made from the experiment's two tokenizers and corpus, `inputs` beside them."""
+        (teacher, student), corpus = self.tokenizers(name), self.config["experiments"][name]["corpus"]
+        given = {"teacher_tokenizer": self.tokenizer(teacher), "tokenizer": self.tokenizer(student)}
+        given |= {"corpus": self.corpus(corpus)} | inputs
+        return self.add(stage, f"tokenizer_pairs/{teacher}/{student}/{part}/{corpus}/manifest.json", spec, given)
+
+    def mapping(self, name: str) -> str:
+        """Return the mapping between the experiment's two tokenizers."""
+        teacher, student = self.tokenizers(name)
+        inputs = {"teacher_tokenizer": self.tokenizer(teacher), "tokenizer": self.tokenizer(student)}
+        spec = {"max_distance": self.config["mapping"]["max_distance"]}
+        return self.add("mined_mapping", f"tokenizer_pairs/{teacher}/{student}/mapping/manifest.json", spec, inputs)
+
+    def tokenizers(self, name: str) -> tuple[str, str]:
+        """Return the names of the teacher's and the student's tokenizer of an experiment."""
+        entry = self.config["experiments"][name]
+        return self.config["models"][entry["teacher"]]["tokenizer"], entry["tokenizer"]
 
     def evaluation(self, name: str, suite: str) -> str:
         if name in self.config["models"]:
@@ -247,6 +305,7 @@ class _Planner:
             "statistics": of("tokenizer_stats"),
             "mappings": of("mined_mapping"),
         }
+        teachers = {"teachers": of("teacher_index")}
         template = self.digests.file(code.ROOT / "stages" / "summary" / "report.html.jinja")
         graph = [[node.stage, manifest, node.inputs] for manifest, node in self.nodes.items()]
         spec = {
@@ -259,23 +318,23 @@ class _Planner:
             "report",
             "report.manifest.json",
             {"title": spec["title"], "graph": graph, "template": template},
-            {"summary": summary} | inputs,
+            {"summary": summary} | inputs | teachers,
         )
 
     def control(self, name: str) -> str | None:
-        """Return the experiment that differs from this one only in learning from the text alone (sft)."""
+        """Return the experiment that differs from this one only in learning from the text alone (sft).
+
+        Of an experiment that does so with a teacher's answers, the one on the text that the prompts come from.
+        """
         entry = self.config["experiments"][name]
-        if not any(METHODS[loss].teacher for loss in entry["losses"]):
+        corpus = entry.get("corpus")
+        if entry["losses"] and not any(METHODS[loss].teacher for loss in entry["losses"]):
+            corpus = self.config["corpora"][corpus].get("prompts")
+        if not entry["losses"] or corpus is None:
             return None
-        same = ("student", "tokenizer", "corpus", "initialize", "train", "seed", "story")
+        same = ("student", "tokenizer", "initialize", "train", "seed", "story")
         for other, candidate in self.config["experiments"].items():
-            alone = candidate["losses"] in (["sft"], ["clm"])
+            alone = candidate["losses"] in (["sft"], ["clm"]) and candidate["corpus"] == corpus
             if alone and all(candidate.get(key) == entry.get(key) for key in same):
                 return other
         return None
-
-
-LOSS_SETTINGS = (
-    "alm_mode", "alm_diff_fn", "binarization_temp", "renyi_alpha", "merge_threshold", "distill_main_path_numerator",
-    "distill_main_path_denominator",
-)  # fmt: skip

@@ -157,6 +157,13 @@ def start_of(entry: dict[str, Any], experiments: list[dict[str, Any]]) -> str | 
     return entry.get("student")
 
 
+def counts_of_pair(job: Any, mapping: dict[str, Any]) -> list[Path]:
+    """Return the token counts among a job's statistics that are of the same two tokenizers as a mapping."""
+    pair = Path(mapping["name"]).parts[-4:-2]
+    statistics = job.inputs.get("statistics", [])
+    return [data_path(item, "counts.parquet") for item in statistics if Path(item["name"]).parts[-5:-3] == pair]
+
+
 def without_seed(name: str) -> str:
     """Return the name of an experiment without the part that a matrix over seeds gave it."""
     return re.sub(r"-?seed\d+", "", name)

@@ -1,7 +1,6 @@
 """The report's figures as SVG: the same bytes for the same data, readable on paper and on a dark screen."""
 
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -166,34 +165,75 @@ def learning_curves(curves: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def grouped_bars(groups: Sequence[str], series: dict[str, Sequence[float]], ylabel: str) -> Figure:
-    """Bars for each group (a tokenizer pair) and series (teacher, student)."""
+def fertility_bars(pairs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Bytes per token of both sides of each tokenizer pair; {name: the two rows of schema FERTILITY for all text}."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(max(4.5, 1.6 * len(groups) + 2), 2.6), layout="constrained")
-        width = 0.8 / len(series)
-        for number, (name, values) in enumerate(series.items()):
-            places = [index + (number - (len(series) - 1) / 2) * width for index in range(len(groups))]
-            bars = axis.bar(places, values, width * 0.92, color=COLOURS[number], label=name)
+        figure, axis = plt.subplots(figsize=(max(4.5, 1.6 * len(pairs) + 2), 2.6), layout="constrained")
+        for number, side in enumerate(("teacher", "student")):
+            rows = [row for part in pairs.values() for row in part if row["side"] == side]
+            places = [index + 0.4 * number - 0.2 for index in range(len(rows))]
+            values = [row["bytes_per_token"] for row in rows]
+            style = {"color": COLOURS[number], "label": side, "ecolor": INK, "capsize": 3}
+            bars = axis.bar(places, values, 0.37, yerr=_errors(rows), error_kw={"linewidth": 1}, **style)
             axis.bar_label(bars, fmt="%.3g", size=8, color=INK, padding=2)
-        axis.set_xticks(range(len(groups)), groups)
-        axis.set_ylabel(ylabel)
+        axis.margins(y=0.12)
+        axis.set_xticks(range(len(pairs)), list(pairs))
+        axis.set_ylabel("bytes per token")
         axis.grid(visible=False, axis="x")
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def distance_histogram(distances: dict[str, dict[int, int]]) -> Figure:
-    """How many student tokens lie at each edit distance (in bytes) of their teacher token; {name: {distance: n}}."""
+def fertility_by_class(pairs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Bytes per token by class of characters, a panel for each pair; {name: rows of schema FERTILITY}."""
+    classes = [list(dict.fromkeys(row["class"] for row in rows)) for rows in pairs.values()]
+    heights = [max(1, len(names)) for names in classes]
+    with plt.rc_context(STYLE):
+        size = (8, 0.3 * sum(heights) + 0.75 * len(pairs) + 0.4)
+        figure, axes = plt.subplots(
+            len(pairs), 1, figsize=size, squeeze=False, sharex=True, height_ratios=heights, layout="constrained"
+        )
+        for axis, (name, rows), names in zip(axes[:, 0], pairs.items(), classes, strict=True):
+            for number, side in enumerate(("teacher", "student")):
+                part = [row for row in rows if row["side"] == side]
+                places = [names.index(row["class"]) + 0.24 * number - 0.12 for row in part]
+                values = [row["bytes_per_token"] for row in part]
+                style = {"fmt": "os"[number], "color": COLOURS[number], "capsize": 3, "markersize": 5, "label": side}
+                axis.errorbar(values, places, xerr=_errors(part), **style)
+            axis.set_yticks(range(len(names)), names)
+            axis.set_ylim(max(1, len(names)) - 0.4, -0.6)
+            axis.set_title(name.replace("\n", ", "))
+        axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        axes[-1, 0].set_xlabel("bytes per token")
+    return figure
+
+
+def _errors(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Return the distances of bytes per token to the lower and the upper end of its interval, 0 where it has none."""
+    lower, upper = [], []
+    for row in rows:
+        value, low, high = (row[f"bytes_per_token{end}"] for end in ("", "_low", "_high"))
+        lower.append(0.0 if low is None else value - low)
+        upper.append(0.0 if high is None else high - value)
+    return lower, upper
+
+
+def distance_histogram(distances: dict[str, dict[str, dict[int, float]]]) -> Figure:
+    """Shares of student tokens by edit distance from their teacher tokens; {name: {weighting: {distance: share}}}."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(distances), figsize=(max(5.0, 3.6 * len(distances)), 3.0), squeeze=False, layout="constrained"
         )
-        for axis, (name, counts) in zip(axes[0], distances.items(), strict=True):
-            axis.bar(list(counts), list(counts.values()), color=COLOURS[0])
+        for axis, (name, weightings) in zip(axes[0], distances.items(), strict=True):
+            for number, (weighting, shares) in enumerate(weightings.items()):
+                places = [distance + 0.4 * number - 0.2 * (len(weightings) - 1) for distance in shares]
+                heights = [100 * share for share in shares.values()]
+                axis.bar(places, heights, 0.8 / len(weightings), color=COLOURS[number], label=f"of the {weighting}")
             axis.set_title(name)
             axis.set_xlabel("edit distance in bytes")
-            axis.set_xlim(min(0.4, min(counts) - 0.6), max(5, *counts) + 0.6)
+            axis.set_xlim(0.4, max(5, *(distance for shares in weightings.values() for distance in shares)) + 0.6)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(visible=False, axis="x")
-        axes[0, 0].set_ylabel("student tokens")
+        axes[0, 0].set_ylabel("% of student tokens")
+        axes[0, 0].legend(loc="upper right")
     return figure

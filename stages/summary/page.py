@@ -1,28 +1,34 @@
 """What the report shows, as plain values for its template. No HTML here but the drawn graph."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts.schemas import MAPPING
+from stages.artifacts.schemas import COVERAGE, FERTILITY, MAPPING
 from stages.artifacts.tables import read_table
 from stages.core.artifact import data_path, read_manifest
 from stages.core.errors import UserError
+from stages.inspection import mappings
 from stages.inspection.origin import run_facts
 from stages.inspection.text import size
 from stages.summary import collect, graph, headline
 from stages.summary.collect import AS_IT_IS
 
 SIDES = ("teacher", "student")
+TOTALS = ("types", "uses")
 ALIGNMENTS, TOKENS = 4, 60  # examples drawn per pair, tokens drawn per side, to the end of a chunk
 CAPTIONS = {
     "bars": "Bits per byte of held-out text with 95 % intervals over documents; dashed lines are models as they are. "
     "The intervals of paired differences, which decide above, are narrower: all models read the same documents.",
     "compute": "Quality against cost: bits per byte and the forward FLOPs a model spends on a byte of text.",
     "learning-curves": "Learning curves of the trained experiments.",
-    "fertility": "Bytes per token of both tokenizers on the same text; longer tokens mean fewer steps.",
-    "mapping-distance": "How far mined student tokens are from their teacher tokens; exact matches aside.",
+    "fertility": "Bytes per token of both tokenizers on the same text, with 95 % intervals over documents; longer "
+    "tokens mean fewer steps.",
+    "fertility-by-class": "Bytes per token by class of characters, with 95 % intervals over documents. A token that "
+    "classes share counts in each by its bytes, so that the classes add up to the text.",
+    "mapping-distance": "How far mined student tokens are from their teacher tokens: shares of all tokens of the "
+    "vocabulary, and of all tokens of the text. What is missing to 100 % has exact matches.",
 }
 
 
@@ -45,7 +51,8 @@ def context(job: Any) -> dict[str, Any]:
         "comparisons": comparison_rows(comparisons, label),
         "figures": figures(summary),
         "statistics": [statistics(item) for item in job.inputs.get("statistics", [])],
-        "mappings": [mapping(item) for item in job.inputs.get("mappings", [])],
+        "mappings": [mapping(job, item) for item in job.inputs.get("mappings", [])],
+        "signals": [found for item in job.inputs.get("teachers", []) if (found := signals(item))],
         "graph": graph.draw([(stage, manifest, inputs) for stage, manifest, inputs in job.spec["graph"]]),
         "artifacts": artifacts,
         "stages": per_stage(artifacts),
@@ -69,6 +76,29 @@ def figures(summary: dict[str, Any]) -> list[dict[str, str]]:
         }
         for name in names
     ]
+
+
+def signals(index: dict[str, Any]) -> dict[str, Any] | None:
+    """Return {teacher, corpus, kept, rows} of a teacher's signals: what each kind loses of its distributions.
+
+    None where only log-probabilities of single tokens are kept, which lose nothing.
+    """
+    rows = index["metrics"].get("signal_error")
+    if not rows:
+        return None
+    needs = json.loads(data_path(index, "shards.json").read_text(encoding="utf-8"))["needs"]
+    kept = {"top_k": needs["top_k"], "samples": needs.get("samples"), "hidden": needs.get("hidden")}
+    names = {"top_k": "likeliest tokens", "samples": "drawn tokens", "hidden": "hidden state, bfloat16"}
+    teacher, corpus = Path(index["name"]).parts[-3:-1]
+    lines = [
+        row
+        | {
+            "name": names[row["signal"]] if row["signal"] == "hidden" else f"{row['size']} {names[row['signal']]}",
+            "kept": bool(kept[row["signal"]]) and (row["signal"] == "hidden" or row["size"] <= kept[row["signal"]]),
+        }
+        for row in rows
+    ]
+    return {"teacher": teacher, "corpus": corpus, "rows": lines}
 
 
 def training(students: list[dict[str, Any]]) -> dict[str, str]:
@@ -127,7 +157,7 @@ def comparison_rows(comparisons: list[dict[str, Any]], label: Any) -> list[dict[
 
 
 def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return {teacher, student, corpus, sides, overlap, chunks, alignments} of one tokenizer pair on one corpus."""
+    """Return what is shown of one tokenizer pair on one corpus: its names, tables of figures, advice and alignments."""
     teacher, student, _, corpus = Path(manifest["name"]).parts[-5:-1]
     values = json.loads(data_path(manifest, "summary.json").read_text(encoding="utf-8"))
     sides = values["sides"]
@@ -139,14 +169,46 @@ def statistics(manifest: dict[str, Any]) -> dict[str, Any]:
         "teacher": teacher,
         "student": student,
         "corpus": corpus,
-        "sides": [(words(key), value, sides["student"].get(key)) for key, value in sides["teacher"].items()],
+        "sides": [
+            (words(key), [(sides[side].get(key), sides[side].get(f"{key}_interval")) for side in SIDES])
+            for key in sides["teacher"]
+            if not key.endswith("_interval")
+        ],
         "overlap": [(words(key), value) for key, value in values.get("overlap", {}).items()],
         "chunks": [
             (kind, facts["chunks"], facts["bytes_per_chunk"], list(facts["shares"].items()))
             for kind, facts in values.get("chunks", {}).items()
         ],
+        "fertility": fertility(read_table(data_path(manifest, "fertility.parquet"), FERTILITY).to_pylist()),
+        "coverage": coverage(read_table(data_path(manifest, "coverage.parquet"), COVERAGE).to_pylist()),
+        "advice": [sentence.split(": ", 1) for sentence in values["advice"]],
         "alignments": drawn,
     }
+
+
+def fertility(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return {class, share of the text's bytes, bytes_per_token, tokens_per_word}.
+
+    Both are (value, lower end, upper end) of each side, teacher first.
+    """
+    total = max((row["bytes"] for row in rows), default=0)  # that of all classes
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(row["class"], {"class": row["class"], "share": row["bytes"] / total})
+        for name in ("bytes_per_token", "tokens_per_word"):
+            line.setdefault(name, []).append([row[f"{name}{end}"] for end in ("", "_low", "_high")])
+    return list(lines.values())
+
+
+def coverage(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups of the student's tokens, the most used first, with the matched shares of types and uses."""
+    student = sorted((row for row in rows if row["side"] == "student"), key=lambda row: (-row["uses"], -row["types"]))
+    return [
+        row
+        | {f"{measure}_share": row[f"matched_{measure}"] / row[measure] if row[measure] else None for measure in TOTALS}
+        | {"unmatched": [visible(token.decode("utf-8", "backslashreplace")) for token in row["unmatched"]]}
+        for row in student
+    ]
 
 
 def words(key: str) -> str:
@@ -180,35 +242,31 @@ def visible(text: str) -> str:
     return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
 
 
-def mapping(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return {teacher, student, kinds, best, worst}: the ten best and ten worst tokens that are no exact match."""
+def mapping(job: Any, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return {teacher, student, kinds, unreliable, tables} of a mapping.
+
+    tables: the ten best and the ten worst mined tokens, and the unreliable ones that the pair's corpora use most.
+    """
     teacher, student = Path(manifest["name"]).parts[-4:-2]
     rows = read_table(data_path(manifest, "mapping.parquet"), MAPPING).to_pylist()
-    kinds: dict[str, int] = defaultdict(int)
-    for row in rows:
-        kinds[row["kind"]] += 1
-    mined = [row for row in rows if row["kind"] == "mined"]
-    # The distance per byte tells a good match of a long token from a poor one of a short token.
-    mined.sort(
-        key=lambda row: (row["distance"] / max(1, len(row["student_bytes"])), row["distance"], row["student_id"])
-    )
+    mined = mappings.mined(rows, "student")
+    used = mappings.uses(collect.counts_of_pair(job, manifest), "student", len(rows))
+    tables = [("ten best", mined[:10]), ("ten worst", mined[::-1][:10])]
+    if used is not None:
+        tables.append(("unreliable, most used", mappings.unreliable(rows, "student", used)[:10]))
 
-    def lines(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {
-                side: visible((row[f"{side}_bytes"] or b"").decode("utf-8", "backslashreplace"))
-                for side in ("student", "teacher")
-            }
-            | {"distance": row["distance"]}
-            for row in part
-        ]
+    def text(content: bytes | None) -> str:
+        return visible((content or b"").decode("utf-8", "backslashreplace"))
 
     return {
         "teacher": teacher,
         "student": student,
-        "kinds": sorted(kinds.items(), key=lambda item: -item[1]),
-        "best": lines(mined[:10]),
-        "worst": lines(mined[::-1][:10]),
+        "kinds": Counter(row["kind"] for row in rows).most_common(),
+        "unreliable": sum(not row["reliable"] for row in mined),
+        "tables": [
+            (name, [(text(row["student_bytes"]), text(row["teacher_bytes"]), row["distance"]) for row in part])
+            for name, part in tables
+        ],
     }
 
 

@@ -12,6 +12,7 @@ from stages.tokenization.byte_functions import BYTE_FUNCTIONS, PROBES, SPACE_MAR
 from stages.tokenization.definition import (
     Definition,
     add_token,
+    model_vocabulary,
     prefixes_every_section,
     prepend_space,
     read_definition,
@@ -106,7 +107,9 @@ def settle(definition: Definition, spec: TokenizerSpec, function: str | None) ->
         "named": named,
         "template": definition.template,
     }
-    settings["byte_function"], prefixed = _probe(tokenizer, settings, function)
+    built = _built(tokenizer)
+    _check_ids(tokenizer, built, spec.name)
+    settings["byte_function"], prefixed = _probe(built, settings, function)
     settings["prefix_space"] = ("always" if prefixes_every_section(tokenizer) else "first") if prefixed else None
     described = {key: value for key, value in settings.items() if key != "name"}
     content = json.dumps([tokenizer, described], sort_keys=True, ensure_ascii=True)
@@ -126,12 +129,32 @@ def write(prepared: Prepared, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(prepared.settings["template"], encoding="utf-8")
 
 
-def _probe(tokenizer: dict[str, Any], settings: dict[str, Any], function: str | None) -> tuple[str, bool]:
+def _check_ids(tokenizer: dict[str, Any], built: "Tokenizer", name: str) -> None:
+    """Refuse ids that name two tokens, or that the library reads otherwise than the file has them.
+
+    The library numbers added tokens on from the count of the model's tokens: behind a vocabulary with holes that is
+    another id than the file's, and maybe one that is taken. Holes alone do no harm: such ids have no bytes.
+    """
+    actual = built.get_vocab(with_added_tokens=True)
+    written = model_vocabulary(tokenizer) | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    holder: dict[int, str] = {}
+    for token, identity in sorted(actual.items()):
+        wanted, other = written.get(token, identity), holder.setdefault(identity, token)
+        if wanted == identity and other == token:
+            continue
+        what = f"id {identity} for {token!r}"
+        what += f" instead of {wanted}" if wanted != identity else f", which {other!r} has"
+        raise UserError(
+            f"Tokenizer {name}: the tokenizers library reads {what}. Its ids have holes or double entries: give every "
+            "id from 0 on to one token (unused ones for the holes)."
+        )
+
+
+def _probe(built: "Tokenizer", settings: dict[str, Any], function: str | None) -> tuple[str, bool]:
     """Return (name of the byte function, whether a dummy space is put before text).
 
     Tries the candidates on PROBES and takes the first that gives every byte back; `function` limits it to one.
     """
-    built = _built(tokenizer)
     built.encode_special_tokens = True
     unknown = built.token_to_id(settings["named"].get("unk", "")) if settings["named"].get("unk") else None
     losses = []

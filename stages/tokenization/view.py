@@ -140,6 +140,11 @@ class ByteView:
                 raise UserError(f"space_mask_mode {mode!r}: unknown word {word!r}; join some of {known} with +.")
         return mask
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model part of the tokenizer.json: its vocabulary, and the merges or scores it was trained to."""
+        return json.loads(self._tokenizer.to_str())["model"]
+
     @cached_property
     def id_of_bytes(self) -> dict[bytes, int]:
         """Token bytes -> id. Where several ids have the same bytes: not a `<0xNN>` fallback, then the lowest id."""
@@ -206,9 +211,12 @@ class ByteView:
         return ends
 
     def plain_pieces(self, slots: int, bare: bool) -> Template:
-        """Return the template of a plain text of `slots` slots: a start token and nothing else; `bare`: nothing."""
+        """Return the template of a plain text of `slots` slots: a start token and nothing else; `bare`: nothing.
+
+        Only the first slot is at the start of a text, where a tokenizer may add its dummy space.
+        """
         start = () if bare or self.start_id is None else (self.start_id,)
-        return Template(start, (Turn((), (), True),) * slots)
+        return Template(start, tuple(Turn((), (), slot == 0) for slot in range(slots)))
 
     def chat_pieces(self, roles: tuple[str, ...]) -> Template:
         """Return the token ids around the contents of a conversation of `roles`; cached per sequence of roles."""

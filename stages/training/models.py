@@ -72,13 +72,6 @@ class Sides(NamedTuple):
     teacher: Side | None = None
 
 
-def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """Return the type a teacher runs in: "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    if setting == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
-
-
 def find_head(model: PreTrainedModel, vocab: int, model_name: str, tokenizer_name: str) -> Head:
     """Return the output layer of `model` for a tokenizer of `vocab` ids; its padding columns are cut.
 

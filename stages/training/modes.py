@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.core.errors import UserError
+from stages.training import aggregation
 from stages.training.data import generator
 
 DEFAULTS: dict[str, Any] = {
@@ -22,6 +23,9 @@ DEFAULTS: dict[str, Any] = {
     "eps": 1e-8,
     "max_grad_norm": 1.0,
     "projector_lr_scale": 2.0,
+    "multitask_aggregation_fn": "none",
+    "gradnorm_alpha": 0.12,
+    "gradnorm_lr": 0.025,
     "train_model_mode": "lora",
     "model_lora_rank": 64,
     "model_lora_alpha": 64,
@@ -47,6 +51,7 @@ def settings_of(train: dict[str, Any]) -> dict[str, Any]:
     for key, words in known.items():
         if settings[key] not in words:
             raise UserError(f"train.{key} is {settings[key]!r}; it must be one of {', '.join(words)}.")
+    aggregation.parse(settings["multitask_aggregation_fn"])
     return settings
 
 

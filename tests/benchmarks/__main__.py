@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-GROUPS = ("alignment", "signals", "distill")
+GROUPS = ("alignment", "counting", "mapping", "signals", "bias", "distill")
 
 
 def main() -> None:

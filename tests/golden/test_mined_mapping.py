@@ -11,7 +11,6 @@ from stages.tokenization.byte_functions import byte_level
 from tests.conftest import golden_folder
 from tests.golden.test_alignment import _view
 
-ROWS = 50
 KINDS = {"gpt2": "GPT2", "qwen1.5": "Qwen2", "llama2": "TinyLlama"}
 
 
@@ -26,9 +25,8 @@ def test_distances_and_candidates(mined, tokenizers_dir):
     view = _view(tokenizers_dir / name, KINDS.get(name))
     choices = view.id_of_bytes | {view.string_of(i).encode(): i for i in view.special_ids}
     strings = {identity: token for token, identity in choices.items()}
-    rows = data["rows"][:: max(1, len(data["rows"]) // ROWS)]
-    found = nearest_tokens([byte_level(row[0]) for row in rows], choices)
-    for (token, distance, _, candidates, _), (identity, nearest) in zip(rows, found, strict=True):
+    found = nearest_tokens([byte_level(row[0]) for row in data["rows"]], choices)
+    for (token, distance, _, candidates, _), (identity, nearest) in zip(data["rows"], found, strict=True):
         assert nearest == distance, token
         assert candidates is None or strings[identity] in {byte_level(c) for c in candidates}, token
-    assert rows
+    assert data["rows"]

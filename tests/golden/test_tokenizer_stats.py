@@ -27,7 +27,8 @@ def test_counts(golden, views, arrays):
     statistics = PairStatistics(views["teacher"], views["student"])
     for start in range(0, len(documents), 7):
         batch = documents[start : start + 7]
-        statistics.add([[{"role": "text", "text": text, "loss": True}] for text in batch])
+        slots = [[{"role": "text", "text": text, "loss": True}] for text in batch]
+        statistics.add(slots, statistics.encode(slots), [True] * len(slots))
     for side in SIDES:
         assert (statistics.counts[side] == arrays[f"counts_{side}"]).all()
         assert statistics.counts[side].sum() > 0

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.alignment import KINDS, BiasTable, align, drop_unscored
-from stages.alignment.mapping import mine, nearest_tokens
 from stages.alignment.statistics import PairStatistics, drawn_alignment
 from stages.tokenization.encoding import SCALE
 from tests.unit import tokenizers_zoo as zoo
@@ -203,7 +202,8 @@ def test_statistics_add_up():
     statistics = PairStatistics(views["qwen"], views["sentencepiece"])
     examples = [zoo.plain(text) for text in zoo.TEXT] + [zoo.chat(("user", "the user"), ("assistant", "<s> ok"))]
     for start in range(0, len(examples), 3):
-        statistics.add(examples[start : start + 3])
+        part = examples[start : start + 3]
+        statistics.add(part, statistics.encode(part), [True] * len(part))
     summary = statistics.summary()
     size = sum(len(slot["text"].encode()) for example in examples for slot in example)
     assert summary["bytes"] == size and summary["examples"] == len(examples)
@@ -219,50 +219,9 @@ def test_statistics_add_up():
     lengths = summary["chunks"]["unconstrained"]["lengths"]
     assert sum(i * n for i, n in enumerate(lengths)) == size
     same = PairStatistics(views["qwen"], views["qwen"])
-    same.add(examples)
+    same.add(examples, same.encode(examples), [True] * len(examples))
     assert same.summary()["chunks"]["unconstrained"]["shares"]["1-1"] == 1
     assert same.summary()["overlap"]["share_of_teacher_use"] == 1
     drawn = drawn_alignment(views["qwen"], views["sentencepiece"], examples[0])
     assert max(drawn["teacher"]["chunks"]) == max(drawn["student"]["chunks"])
     assert "".join(drawn["teacher"]["tokens"][1:]) == examples[0][0]["text"]
-
-
-def _levenshtein(a, b):
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
-
-
-WORDS = st.lists(st.lists(st.sampled_from([0, 1, 2, 255]), min_size=1, max_size=6).map(bytes), min_size=1, max_size=12)
-
-
-@given(queries=WORDS, choices=WORDS)
-@settings(max_examples=80, deadline=None)
-def test_nearest_tokens_are_brute_force(queries, choices):
-    known = {token: 10 * i for i, token in enumerate(choices)}
-
-    def rank(query, token):
-        common = next(
-            (i for i in range(min(len(query), len(token))) if query[i] != token[i]), min(len(query), len(token))
-        )
-        return _levenshtein(query, token), -common, known[token]
-
-    for query, (identity, distance) in zip(queries, nearest_tokens(queries, known), strict=True):
-        best = min(known, key=lambda token: rank(query, token))
-        assert (identity, distance) == (known[best], _levenshtein(query, best))
-
-
-def test_mapping_matches_bytes_and_roles():
-    teacher, student = zoo.views()["sentencepiece"], zoo.views()["qwen"]
-    matches = list(mine(teacher, student))
-    assert len(matches) == student.vocab_size
-    for token, match in zip(student.token_bytes, matches, strict=True):
-        if token is not None:
-            assert match.kind == ("exact" if token in teacher.id_of_bytes else "mined")
-            assert (match.distance == 0) == (match.kind == "exact")
-    assert matches[student.roles["eos"]].teacher_id == teacher.roles["eos"]
-    assert matches[student.roles["end_of_turn"]].teacher_id == teacher.roles["end_of_turn"]
-    assert matches[student.roles["header"]].kind == "none"

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages import distill
 from stages.core.errors import UserError
 from stages.losses import dskd, dskd_eta, same_tokenizer
 from stages.losses.divergences import divergence
@@ -16,7 +15,7 @@ from stages.signals.schema import to_float32
 from stages.training.head import Shape
 from stages.training.models import Head, Sides
 
-from . import programs, tiny, toy_pair
+from . import programs, tiny
 from .toy_pair import Toy, close, view
 
 TEXTS = [tiny.text(3, 12), tiny.text(5, 4), "café naïve", tiny.text(8, 20)]
@@ -284,18 +283,10 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_trains_cached_and_online(world, name, monkeypatch):
+def test_trains_cached_and_online(world, name):
     entry = {"name": name, "module": METHODS[name].module, "chunks": METHODS[name].chunks, "weight": 1.0}
-    if name == "dskd_eta":
-        open_pair = distill.open_pair
-
-        def with_matches(*arguments):
-            found = open_pair(*arguments)
-            return toy_pair.pair_of(found.teacher, found.student)
-
-        monkeypatch.setattr(distill, "open_pair", with_matches)
     needs = {"hidden": True, "top_k": METHODS[name].top_k}
-    cached, online = world.both([entry], needs, dskd.DEFAULTS, head=True)
+    cached, online = world.both([entry], needs, dskd.DEFAULTS, head=True, pair=METHODS[name].pair)
     assert cached[-1][name] < cached[0][name]
     for one, other in zip(cached, online, strict=True):
         for key in one:

@@ -35,11 +35,18 @@ def root(tmp_path_factory):
             "student_bytes": b"ab",
             "teacher_id": 2,
             "teacher_bytes": b"abc",
-            "distance": i,
             "kind": "mined",
+            "distance": i,
+            "normalised_distance": i / 60,
+            "confidence": 1 - i / 60,
+            "reliable": i < 18,
+            "runner_up_id": 1,
+            "runner_up_distance": i,
+            "prefix_id": -1,
         }
-        for i in range(1, 30)
+        for i in range(30)
     ]
+    mapping[0] |= {"kind": "exact"}
     files = {"mapping.parquet": parquet(mapping, schemas.MAPPING)}
     tiny.publish(
         root / "tokenizer_pairs/t/s/mapping/manifest.json", "mined_mapping", files, {"inputs": {}, "kind": "min"}
@@ -85,9 +92,18 @@ def test_signals_are_decoded(root, capsys):
     assert "-0.5" in out and "0.6065" in out and "0.25" in out
 
 
-def test_mapping_best_and_worst(root, capsys):
-    out = shown(capsys, root / "tokenizer_pairs/t/s/mapping/manifest.json")
-    assert "29 mined" in out and '"abc"' in out and 'kind: "min"' in out
+def test_mapping_best_worst_and_most_used(root, capsys):
+    manifest = root / "tokenizer_pairs/t/s/mapping/manifest.json"
+    out = shown(capsys, manifest)
+    assert "29 mined, 1 exact; 12 of the mined ones unreliable" in out and '"abc"' in out and 'kind: "min"' in out
+    assert "which unreliable ones are used most is not known" in out
+    counts = [{"side": "student", "id": i, "bytes": b"ab", "count": 100 + i if i < 25 else 0} for i in range(30)]
+    counts += [{"side": "teacher", "id": i, "bytes": b"ab", "count": 1000} for i in range(40)]
+    files = {"counts.parquet": parquet(counts, schemas.COUNTS)}
+    tiny.publish(root / "tokenizer_pairs/t/s/statistics/c/manifest.json", "tokenizer_stats", files, {"inputs": {}})
+    last = shown(capsys, manifest.parent / "mapping.parquet").split("unreliable and used most:")[1].splitlines()
+    assert last[1].endswith("uses") and [line.split()[0] for line in last[2:]] == [str(i) for i in range(24, 17, -1)]
+    assert last[2].endswith("124")
 
 
 def test_model_header(root, capsys, tmp_path):

@@ -102,7 +102,9 @@ def statistics_files():
             "vocab_size": size,
             "tokens": 51234,
             "bytes_per_token": per,
+            "bytes_per_token_interval": [per - 0.1, per + 0.1],
             "tokens_per_word": 1.4,
+            "tokens_per_word_interval": None,
         }
         for side, size, per in (("teacher", 2048, 3.4), ("student", 1024, 2.7))
     }
@@ -116,8 +118,28 @@ def statistics_files():
         "sides": sides,
         "overlap": {"tokens": 731, "share_of_teacher_vocabulary": 0.36},
         "chunks": {"unconstrained": {"chunks": 9, "bytes_per_chunk": 4.1, "shares": {"1-1": 0.5, "n-m": None}}},
+        "advice": ["Both <cut> alike.", "X-Token: prefer P-KL to H-KL."],
     }
-    return {"summary.json": summary, "alignments.json": [alignment] * 3}
+    fertility = [
+        {"class": name, "side": side, "bytes": size, "bytes_per_token": per, "tokens_per_word": None, "documents": 12}
+        | {f"bytes_per_token_{end}": None if name == "Han" else per + sign for end, sign in (("low", -1), ("high", 1))}
+        for name, size in (("all", 174000), ("Latin", 173997), ("Han", 3))
+        for side, per in (("teacher", 3.4), ("student", 2.7))
+    ]
+    coverage = [
+        {"side": side, "group": name, "types": 10, "matched_types": 4, "uses": uses, "matched_uses": uses // 3}
+        | {"unmatched": [b" <i>", b"\xff"]}
+        for side in ("teacher", "student")
+        for name, uses in (("multi-digit numerals", 0), ("punctuation", 300))
+    ]
+    counts = [{"side": "student", "id": i, "bytes": b"x", "count": 10 * i} for i in range(96)]
+    return {
+        "summary.json": summary,
+        "alignments.json": [alignment] * 3,
+        "counts.parquet": parquet(counts, schemas.COUNTS),
+        "fertility.parquet": parquet(fertility, schemas.FERTILITY),
+        "coverage.parquet": parquet(coverage, schemas.COVERAGE),
+    }
 
 
 def mapping_rows():
@@ -128,13 +150,16 @@ def mapping_rows():
             "student_bytes": a,
             "teacher_id": i,
             "teacher_bytes": b,
-            "distance": 1 + i // 4,
             "kind": "mined",
+            "distance": 1 + i // 4,
+            "normalised_distance": (1 + i // 4) / (len(a) + len(b)),
+            "reliable": i < 8,
         }
         for i, (a, b) in enumerate(pairs)
     ]
-    exact = {"student_bytes": b"x", "teacher_id": 1, "teacher_bytes": b"x", "distance": 0, "kind": "exact"}
-    return rows + [exact | {"student_id": 100 + i} for i in range(80)]
+    exact = {"student_bytes": b"x", "teacher_id": 1, "teacher_bytes": b"x", "kind": "exact", "distance": 0}
+    exact |= {"normalised_distance": 0.0, "reliable": True}
+    return rows + [exact | {"student_id": len(pairs) + i} for i in range(80)]
 
 
 def build(root):
@@ -306,7 +331,9 @@ def test_report_is_one_whole_page(root):
     ):
         assert expected in text
     assert "&lt;b&gt;&amp;amp" in text  # a token is text, never markup
-    assert text.count("<svg") == 6
+    assert "prefer P-KL" in text and "&lt;cut&gt;" in text and "·&lt;i&gt;" in text
+    assert "33.3 %" in text and "2.6 \u2013 2.8" in text and "100.00 %" in text and "0.00 %" in text
+    assert text.count("<svg") == 7
 
 
 def test_same_results_same_figures(root, tmp_path):
@@ -316,7 +343,8 @@ def test_same_results_same_figures(root, tmp_path):
         name: facts["sha256"] for name, facts in second.items()
     }
     assert {name for name in first if name.endswith(".svg")} == {
-        "bpb-bars.svg", "bpb-compute.svg", "learning-curves.svg", "fertility.svg", "mapping-distance.svg",
+        "bpb-bars.svg", "bpb-compute.svg", "learning-curves.svg", "fertility.svg",
+        "fertility-by-class.svg", "mapping-distance.svg",
     }  # fmt: skip
 
 

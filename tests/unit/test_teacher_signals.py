@@ -1,5 +1,6 @@
 """The teacher_signals and teacher_index programs."""
 
+import itertools
 import json
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_what_signals_lose_is_measured(root):
     errors = artifact.read_manifest(root / "teachers/teacher/manifest.json")["metrics"]["signal_error"]
     tops = [row for row in errors if row["signal"] == "top_k"]
     assert [row["size"] for row in tops] == [2**n for n in range(9)]
-    assert all(a["kl"] > b["kl"] > 0 for a, b in zip(tops, tops[1:], strict=False))
+    assert all(a["kl"] > b["kl"] > 0 for a, b in itertools.pairwise(tops))
     hidden = next(row for row in errors if row["signal"] == "hidden")
     assert hidden["bytes_per_token"] == 64 and 0 <= hidden["kl"] < 1e-3 < tops[-1]["kl"]
 

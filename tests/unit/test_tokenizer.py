@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages import corpus, mined_mapping, tokenizer, tokenizer_stats
-from stages.artifacts.schemas import COUNTS, MAPPING, TOKENS
+from stages.artifacts.schemas import COUNTS, MAPPING, PROJECTION, REVERSE_MAPPING, TOKENS
 from stages.artifacts.tables import read_table
 from stages.core.artifact import file_digest, read_manifest
 from stages.core.errors import UserError
@@ -152,7 +152,7 @@ def test_statistics(root):
 
 
 def test_mapping(root):
-    folder = run(mined_mapping, root, "tokenizer_pairs/a/b/mapping", pair(root))
+    folder = run(mined_mapping, root, "tokenizer_pairs/a/b/mapping", {"max_distance": 0.3} | pair(root))
     teacher, student = (ByteView.load(root / "tokenizers" / name) for name in ("byte_bpe", "sentencepiece_bpe"))
     table = read_table(folder / "mapping.parquet", MAPPING).to_pylist()
     assert [row["student_id"] for row in table] == list(range(student.vocab_size))
@@ -163,11 +163,21 @@ def test_mapping(root):
         assert (row["kind"] == "none") == (not known) and (row["distance"] == 0) == (
             row["kind"] in ("exact", "special")
         )
+    reverse = read_table(folder / "reverse.parquet", REVERSE_MAPPING).to_pylist()
+    assert [row["teacher_bytes"] for row in reverse] == teacher.token_bytes
+    weights = read_table(folder / "projection.parquet", PROJECTION)
+    sums = weights.group_by("student_id").aggregate([("weight", "sum")]).to_pylist()
+    assert {row["student_id"] for row in sums} >= {row["student_id"] for row in table if row["kind"] == "exact"}
+    assert all(abs(row["weight_sum"] - 1) < 1e-6 for row in sums)
     assert table[student.eos_id]["teacher_id"] == teacher.eos_id
     extra = student.special_named("<|extra|>")
     assert table[extra]["teacher_id"] == teacher.special_named("<|extra|>")
     metrics = read_manifest(folder / "manifest.json")["metrics"]
     assert sum(metrics[kind] for kind in ("exact", "mined", "special", "none")) == len(table)
+    assert metrics["unreliable"] == sum(row["kind"] == "mined" and not row["reliable"] for row in table)
+    run(mined_mapping, root, "tokenizer_pairs/a/b/again", {"max_distance": 0.3} | pair(root))
+    data = [read_manifest(folder.parent / name / "manifest.json")["data"] for name in ("mapping", "again")]
+    assert data[0] == data[1]
 
 
 def corpus_rows(root):

@@ -22,12 +22,19 @@ NODES = PLAN.nodes
 CONDA = workflow.source_path("../../envs/conda.yaml")
 
 
+def corpora_of(stage):
+    """Return a regular expression of the names of the corpora that a stage makes."""
+    made = [re.escape(Path(node.manifest).parent.name) for node in NODES.values() if node.stage == stage]
+    return "|".join(made) or "(?!)"
+
+
 pathvars:
     root=ROOT,
 
 
 wildcard_constraints:
     corpus=r"[a-z0-9][a-z0-9._-]*",
+    generated=corpora_of("generate"),
     tokenizer=r"[a-z0-9][a-z0-9._-]*",
     teacher_tokenizer=r"[a-z0-9][a-z0-9._-]*",
     model=r"[a-z0-9][a-z0-9._-]*",
@@ -108,6 +115,7 @@ RESOURCES = {
     "pretrain": {"threads": 2, "mem_mb": 8000, "runtime": 240},
     "initialize": {"mem_mb": 16000},
     "teacher_head": {"mem_mb": 16000},
+    "generate": {"threads": 2, "mem_mb": 16000, "runtime": 1440},
     "teacher_signals": {"threads": 2, "mem_mb": 16000, "runtime": 720},
     "distill": {"threads": 2, "mem_mb": 32000, "runtime": 1440},
     "evaluate": {"threads": 2, "mem_mb": 16000, "runtime": 240},

@@ -1,4 +1,8 @@
-# Text: corpora, and evaluation tasks made from them.
+# Text: corpora, read or written by a teacher, and evaluation tasks made from them.
+
+
+# Both make corpora; `generated` is a name of one that a teacher writes.
+ruleorder: generate > corpus
 
 
 rule corpus:
@@ -20,6 +24,30 @@ rule corpus:
         **part_of_plan("corpora/{corpus}/manifest.json"),
     shell:
         "python -m stages.corpus --root {params.root} --manifest corpora/{wildcards.corpus}/manifest.json "
+        "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
+
+
+rule generate:
+    input:
+        unpack(inputs_of("corpora/{generated}/manifest.json")),
+    output:
+        manifest="<root>/corpora/{generated}/manifest.json",
+        train="<root>/corpora/{generated}/train.parquet",
+        heldout="<root>/corpora/{generated}/heldout.parquet",
+        generations="<root>/corpora/{generated}/generations.parquet",
+    log:
+        "<root>/logs/generate/{generated}.log",
+    conda:
+        CONDA
+    threads: resource("generate", "threads")
+    resources:
+        mem_mb=resource("generate", "mem_mb"),
+        runtime=resource("generate", "runtime"),
+        gpu=resource("generate", "gpu"),
+    params:
+        **part_of_plan("corpora/{generated}/manifest.json"),
+    shell:
+        "python -m stages.generate --root {params.root} --manifest corpora/{wildcards.generated}/manifest.json "
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 

@@ -29,6 +29,8 @@ rule tokenizer_stats:
     output:
         manifest="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/manifest.json",
         counts="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/counts.parquet",
+        fertility="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/fertility.parquet",
+        coverage="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/coverage.parquet",
         summary="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/summary.json",
         alignments="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/statistics/{corpus}/alignments.json",
     log:
@@ -46,12 +48,35 @@ rule tokenizer_stats:
         "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
 
 
+rule tokenizer_bias:
+    input:
+        unpack(inputs_of("tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/bias/{corpus}/manifest.json")),
+    output:
+        manifest="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/bias/{corpus}/manifest.json",
+        bias="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/bias/{corpus}/bias.parquet",
+    log:
+        "<root>/logs/tokenizer_bias/{teacher_tokenizer}/{tokenizer}/{corpus}.log",
+    conda:
+        CONDA
+    threads: resource("tokenizer_bias", "threads")
+    resources:
+        mem_mb=resource("tokenizer_bias", "mem_mb"),
+        runtime=resource("tokenizer_bias", "runtime"),
+    params:
+        **part_of_plan("tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/bias/{corpus}/manifest.json"),
+    shell:
+        "python -m stages.tokenizer_bias --root {params.root} --manifest tokenizer_pairs/{wildcards.teacher_tokenizer}/{wildcards.tokenizer}/bias/{wildcards.corpus}/manifest.json "
+        "--spec {params.spec:q} --code {params.code} --lineage {params.lineage} --log {log}"
+
+
 rule mined_mapping:
     input:
         unpack(inputs_of("tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/manifest.json")),
     output:
         manifest="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/manifest.json",
         mapping="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/mapping.parquet",
+        reverse_mapping="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/reverse.parquet",
+        projection="<root>/tokenizer_pairs/{teacher_tokenizer}/{tokenizer}/mapping/projection.parquet",
     log:
         "<root>/logs/mined_mapping/{teacher_tokenizer}/{tokenizer}.log",
     conda:

@@ -1,0 +1,167 @@
+"""MultiLevelOT (arXiv 2412.14528): optimal transport between sorted columns, by token and by sequence.
+
+Logits are divided by their standard deviation over the vocabulary before the softmax. Of each side the 50 tokens with
+the largest probability, summed over an example, are its columns; the i-th column of one side meets the i-th of the
+other, whatever their tokens are. An example's loss is
+
+    mean over places of (sum |p - q| + 0.1 * -sum p log q)  +  0.1 * 0.001 * sum of the plan times its costs
+
+where places are paired by their position (`uld.position_pairs`), and the plan is Sinkhorn's between all places of both
+sides: costs L1 between softmax(p / 2) and softmax(q / 2), regularisation 0.1, 10 iterations, one unit of mass for each
+place of the teacher. The published weight of the whole is 1.5 beside a cross entropy of 1 (`loss_weights`).
+
+Unlike the release (`models/distillation_model.py`):
+- It passes student and teacher in swapped order to the logarithmic term and to Sinkhorn, so that the teacher's
+  distribution stands inside the logarithm and the plan is normalised over the student's places last.
+- It takes a softmax of the probabilities once more in the logarithmic term, which makes both sides almost uniform; the
+  paper's term has none. The sequence term keeps it, its temperature of 2 is defined by it.
+- It chooses columns for a whole batch, padded places included, and adds up the sequence term over the examples of a
+  batch of which it averages the others. Here an example is the unit, so that splitting a batch changes nothing.
+
+The standard deviation and the sums over an example need every logit of both sides: the teacher is known by its hidden
+states and output layer.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stages.losses import Needs, Prepared
+from stages.losses.sft import target_rows
+from stages.losses.statistics import logit_pieces, loss_of_statistics
+from stages.losses.uld import position_pairs
+from stages.signals.schema import to_float32
+
+if TYPE_CHECKING:
+    from stages.tokenization.encoding import EncodedBatch
+    from stages.training.data import Examples
+    from stages.training.models import Head
+
+COLUMNS = 50
+SMALLEST_DEVIATION = 1e-4  # added to every standard deviation
+LOGARITHMIC_WEIGHT, SEQUENCE_WEIGHT = 0.1, 0.1 * 0.001
+SINKHORN_TEMPERATURE, REGULARISATION, ITERATIONS = 2.0, 0.1, 10
+
+
+def check(options: dict[str, Any]) -> None:
+    """Accept any settings: this loss has none."""
+
+
+def needs(options: dict[str, Any]) -> Needs:
+    """Return the teacher's hidden states and output layer."""
+    return Needs(frozenset({"hidden"}), teacher_head=True)
+
+
+def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
+    """Return the places of each example on both sides; the count is the number of examples that have any on both."""
+    teacher, student = examples.teacher, examples.student
+    pairs = position_pairs(teacher, student)
+    kept = np.unique(np.searchsorted(student.offsets, pairs[1], side="right") - 1)
+    (teacher_rows, teacher_example), (student_rows, student_example) = (
+        _rows_of(batch, kept) for batch in (teacher, student)
+    )
+    arrays = {
+        "teacher": to_float32(examples.signals["hidden"][teacher_rows]),
+        "teacher_sizes": np.bincount(teacher_example, minlength=len(kept)),
+        "rows": student_rows,
+        "sizes": np.bincount(student_example, minlength=len(kept)),
+        "teacher_pairs": np.searchsorted(teacher_rows, pairs[0]),
+        "pairs": np.searchsorted(student_rows, pairs[1]),
+        "example": np.searchsorted(kept, np.searchsorted(student.offsets, pairs[1], side="right") - 1),
+    }
+    return Prepared(float(len(kept)), np.zeros(0, np.int64), arrays)
+
+
+def loss(
+    student: dict[str, Any], arrays: dict[str, torch.Tensor], options: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the sum over examples, and of the token term and the sequence term without their weights."""
+    own, teacher = student["sides"].student.head, student["sides"].teacher.head
+    hidden = student["hidden"].index_select(0, arrays["rows"])
+    number = min(COLUMNS, own.shape.vocab, teacher.shape.vocab)
+    columns = example_columns(own, hidden.detach(), arrays["sizes"], number)
+    log_p = teacher_columns(teacher, arrays["teacher"], arrays["teacher_sizes"], number)
+    parts: dict[str, torch.Tensor] = {}
+
+    def of_examples(log_q: torch.Tensor) -> torch.Tensor:
+        total, terms = transport_loss(log_p, log_q, arrays)
+        parts.update(terms)
+        return total
+
+    total = loss_of_statistics(own, hidden, {"columns": columns}, standardised_at, of_examples)
+    zero = total.detach().new_zeros(())
+    return total, {name: parts.get(name, zero) for name in ("token", "sequence")}
+
+
+def standardised(logits: torch.Tensor) -> torch.Tensor:
+    """Return log softmax(z / (std(z) + 1e-4)) of logits z [n, V]."""
+    return torch.log_softmax(logits / (logits.std(-1, keepdim=True) + SMALLEST_DEVIATION), -1)
+
+
+def standardised_at(logits: torch.Tensor, here: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the standardised log-probabilities of the columns of each row."""
+    return standardised(logits).gather(1, here["columns"])
+
+
+@torch.no_grad()
+def example_columns(head: "Head", hidden: torch.Tensor, sizes: torch.Tensor, number: int) -> torch.Tensor:
+    """Return int64 [R, number]: for each row the likeliest tokens of its example, by their probabilities' sum.
+
+    `hidden` [R, d], example by example; `sizes` int64 [E]: rows of each.
+    """
+    ends = sizes.cumsum(0).tolist()
+    chosen = []
+    total = hidden.new_zeros(head.shape.vocab, dtype=torch.float32)
+    for part, logits in logit_pieces(head, hidden):
+        probability, start = standardised(logits).exp_(), part.start
+        while start < part.stop:
+            end = min(part.stop, ends[len(chosen)])
+            total += probability[start - part.start : end - part.start].sum(0)
+            if end == ends[len(chosen)]:
+                chosen.append(total.topk(number).indices)
+                total.zero_()
+            start = end
+    return torch.stack(chosen).repeat_interleave(sizes, 0) if chosen else sizes.new_zeros((0, number))
+
+
+@torch.no_grad()
+def teacher_columns(head: "Head", hidden: torch.Tensor, sizes: torch.Tensor, number: int) -> torch.Tensor:
+    """Return [R, number]: the teacher's standardised log-probabilities of the columns of its example."""
+    hidden = hidden.to(head.weight.dtype)
+    columns = example_columns(head, hidden, sizes, number)
+    parts = [standardised_at(logits, {"columns": columns[part]}) for part, logits in logit_pieces(head, hidden)]
+    return torch.cat(parts) if parts else hidden.new_zeros((0, number))
+
+
+def transport_loss(
+    log_p: torch.Tensor, log_q: torch.Tensor, arrays: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the sum of the examples' losses, and of its terms; log-probabilities [Rt, m] and [Rs, m] of columns."""
+    p, q = log_p[arrays["teacher_pairs"]].exp(), log_q[arrays["pairs"]]
+    places = torch.bincount(arrays["example"], minlength=len(arrays["sizes"]))[arrays["example"]]
+    token = ((p - q.exp()).abs().sum(-1) / places).sum()
+    logarithmic = -((p * q).sum(-1) / places).sum()
+    split = zip(log_p.split(arrays["teacher_sizes"].tolist()), log_q.split(arrays["sizes"].tolist()), strict=True)
+    sequence = sum((sinkhorn_cost(theirs.exp(), own.exp()) for theirs, own in split), token.new_zeros(()))
+    total = token + LOGARITHMIC_WEIGHT * logarithmic + SEQUENCE_WEIGHT * sequence
+    return total, {"token": token.detach(), "sequence": sequence.detach()}
+
+
+def sinkhorn_cost(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the plan times its costs between places of the teacher [n, m] and of the student [l, m]."""
+    softened = [torch.softmax(side / SINKHORN_TEMPERATURE, -1) for side in (q, p)]
+    cost = torch.cdist(*softened, p=1)
+    plan = torch.exp(-cost / REGULARISATION)
+    for _ in range(ITERATIONS):
+        plan = plan / plan.sum(1, keepdim=True)
+        plan = plan / plan.sum(0, keepdim=True)
+    return (plan * cost).sum()
+
+
+def _rows_of(batch: "EncodedBatch", examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of these examples that predict a trained token, and the place of each one's example."""
+    rows = target_rows(batch.loss, batch.offsets)
+    example = np.searchsorted(batch.offsets, rows, side="right") - 1
+    kept = np.isin(example, examples)
+    return rows[kept], np.searchsorted(examples, example[kept])

@@ -1,0 +1,69 @@
+"""Losses of a few numbers per row, each made of all of the row's logits, where one term reads several rows.
+
+`Head.dense` sums over rows, so a term of several rows (a chunk's mean, a transport plan) does not fit it. Here the
+numbers are made first, without a gradient; their share of the loss is then known, and a second pass brings it to the
+logits. Neither pass holds the logits of more than one block.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from stages.training.head import block_buffer, block_logits, block_size, compute_dtype, pieces
+
+if TYPE_CHECKING:
+    from stages.training.models import Head
+
+Constants = dict[str, torch.Tensor]
+Statistics = Callable[[torch.Tensor, Constants], torch.Tensor]
+
+
+def loss_of_statistics(
+    head: "Head",
+    hidden: torch.Tensor,
+    constants: Constants,
+    statistics: Statistics,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return `loss` of the statistics [R, m] of all rows, a scalar, differentiable in `hidden` [R, d] and the head.
+
+    `statistics(logits [n, vocab], constants)` makes those of n rows, and gets the same rows of every constant [R, ...].
+    It must not write on the logits.
+    """
+    if not len(hidden):
+        return hidden.sum().float()
+    parts = []
+    for part, logits in logit_pieces(head, hidden):
+        parts.append(statistics(logits, {name: value[part] for name, value in constants.items()}))
+    found = torch.cat(parts).requires_grad_()
+    with torch.enable_grad():
+        value = loss(found)
+        (slope,) = torch.autograd.grad(value, found)
+
+    def linear(logits: torch.Tensor, here: Constants) -> torch.Tensor:
+        size = pieces(logits)[0].stop
+        split = zip(logits.split(size), *(value.split(size) for value in here.values()), strict=True)
+        parts = [(dict(zip(here, values, strict=True)), rows) for rows, *values in split]
+        return torch.stack([(statistics(rows, at) * at["slope"]).sum() for at, rows in parts]).sum()
+
+    share = head.dense(linear, hidden, constants | {"slope": slope})
+    return value.detach() + (share - share.detach())
+
+
+@torch.no_grad()
+def logit_pieces(head: "Head", hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (rows, their float32 logits [n, vocab]) of hidden states [R, d], a few rows that fit a CPU's cache.
+
+    Use them at once: their place is used again.
+    """
+    vocab, compute = head.shape.vocab, compute_dtype(hidden)
+    weight = head.weight[:vocab].to(compute)
+    bias = None if head.bias is None else head.bias[:vocab].to(compute)
+    size = max(1, min(block_size(vocab, hidden.device), len(hidden)))
+    buffer = block_buffer(size, vocab, hidden)
+    for start in range(0, len(hidden), size):
+        inputs = hidden[start : start + size].to(compute)
+        logits, _ = block_logits(inputs, weight, bias, head.shape, buffer)
+        for piece in pieces(logits):
+            yield slice(start + piece.start, start + piece.stop), logits[piece]
