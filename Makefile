@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SNAKEMAKE := $(BIN)/snakemake --profile workflow/profiles/default
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo methods test bench lint clean
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: *.*## */\t/' | expand -t 10
@@ -12,6 +12,10 @@ demo: .venv/ready   ## run the demo, from text to results/demo/report.html
 	@mkdir -p .snakemake && flock --nonblock --conflict-exit-code 3 .snakemake/demo.flock $(SNAKEMAKE) --nolock \
 		|| { status=$$?; [ $$status -ne 3 ] || echo "Another make demo is running in this folder."; exit $$status; }
 	@echo "The report is results/demo/report.html"
+
+methods: .venv/ready ## compare every method over three seeds, ends in results/methods/report.html
+	$(SNAKEMAKE) --configfile config/methods.yaml
+	@echo "The report is results/methods/report.html"
 
 test: .venv/ready   ## run every test that this machine can run
 	$(BIN)/python -m pytest

@@ -16,30 +16,38 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Write mapping.parquet (student to teacher), reverse.parquet (teacher to student) and projection.parquet."""
     job = stage.parse("stages.mined_mapping", __doc__, argv)
-    import pyarrow as pa
-
-    from stages.alignment.mapping import mine
-    from stages.alignment.projection import projection
-    from stages.artifacts.schemas import MAPPING, PROJECTION, REVERSE_MAPPING
     from stages.artifacts.tables import write_table
     from stages.tokenization import ByteView
 
     teacher, student = (ByteView.load(job.inputs[name]["path"].parent) for name in ("teacher_tokenizer", "tokenizer"))
     with job.publish() as draft:
-        matches = list(mine(teacher, student, job.spec["max_distance"]))
-        reverse = list(mine(student, teacher, job.spec["max_distance"]))
-        cells = projection(teacher, student, matches, reverse)
-        tables = {
-            "mapping.parquet": mapping_table(student, matches, MAPPING),
-            "reverse.parquet": mapping_table(teacher, reverse, REVERSE_MAPPING),
-            "projection.parquet": pa.table(
-                dict(zip(PROJECTION.names, (pa.array(column) for column in cells), strict=True))
-            ).cast(PROJECTION),
-        }
+        tables, metrics = mapping_tables(teacher, student, job.spec["max_distance"])
         for name, table in tables.items():
             write_table(draft.folder / name, table, job.identity)
             draft.describe[name] = {"rows": table.num_rows}
-        draft.metrics |= facts(matches) | {"reverse": facts(reverse)}
+        draft.metrics |= metrics
+
+
+def mapping_tables(
+    teacher: "ByteView", student: "ByteView", max_distance: float
+) -> tuple[dict[str, "pa.Table"], dict[str, Any]]:
+    """Return (file name -> table, metrics) of the mapping of two tokenizers in both directions."""
+    import pyarrow as pa
+
+    from stages.alignment.mapping import mine
+    from stages.alignment.projection import projection
+    from stages.artifacts.schemas import MAPPING, PROJECTION, REVERSE_MAPPING
+
+    matches, reverse = list(mine(teacher, student, max_distance)), list(mine(student, teacher, max_distance))
+    cells = projection(teacher, student, matches, reverse)
+    tables = {
+        "mapping.parquet": mapping_table(student, matches, MAPPING),
+        "reverse.parquet": mapping_table(teacher, reverse, REVERSE_MAPPING),
+        "projection.parquet": pa.table(
+            dict(zip(PROJECTION.names, (pa.array(column) for column in cells), strict=True))
+        ).cast(PROJECTION),
+    }
+    return tables, facts(matches) | {"reverse": facts(reverse)}
 
 
 def mapping_table(source: "ByteView", matches: "Sequence[Match]", schema: "pa.Schema") -> "pa.Table":

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-GROUPS = ("alignment", "counting", "mapping", "signals", "bias", "distill")
+GROUPS = ("alignment", "counting", "mapping", "signals", "bias", "distill", "methods")
 
 
 def main() -> None:
