@@ -9,7 +9,6 @@
 3. What is left is compared with rapidfuzz, in the order of that bound, as long as it can be among the two nearest.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -64,6 +63,12 @@ def _strings(tokens: Sequence[bytes]) -> _Strings:
     return _Strings(np.array(tokens, object), flat, np.cumsum(lengths) - lengths, lengths)
 
 
+def _first_bytes(tokens: np.ndarray, step: int) -> np.ndarray:
+    """Return the first 8 bytes of each token, backwards with step -1, as one number [n] of the same order."""
+    heads = [token[::step][:8].ljust(8, b"\0") for token in tokens.tolist()]
+    return np.frombuffer(b"".join(heads), ">u8").astype(np.uint64)
+
+
 class _Search:
     """A search under way.
 
@@ -88,14 +93,13 @@ class _Search:
         return score // ((self.longest + 1) * len(self.choices.tokens))
 
     def compare_neighbours(self) -> None:
-        """Compare each query with the choices around it in the order of the bytes and of the reversed bytes."""
+        """Compare each query with the choices around it in the order of its first bytes and of its last, reversed."""
         around = np.arange(-_NEIGHBOURS, _NEIGHBOURS)
         rows = max(1, _PAIRS // len(around))
         for step in (1, -1):
-            spelled = np.array([token[::step] for token in self.choices.tokens.tolist()], object)
-            order = np.argsort(spelled)
-            ordered = spelled[order].tolist()
-            places = np.array([bisect_left(ordered, token[::step]) for token in self.queries.tokens.tolist()])
+            spelled = _first_bytes(self.choices.tokens, step)
+            order = np.argsort(spelled, kind="stable")
+            places = np.searchsorted(spelled[order], _first_bytes(self.queries.tokens, step))
             for start in range(0, len(places), rows):
                 near = np.clip(places[start : start + rows, None] + around, 0, len(order) - 1)
                 self.compare(np.repeat(np.arange(start, start + len(near)), len(around)), order[near.ravel()])

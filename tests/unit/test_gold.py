@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages import mined_mapping
 from stages.core.errors import UserError
 from stages.losses import gold, same_tokenizer
 from stages.losses.chunks import merge_chunks
@@ -182,3 +183,14 @@ def test_cached_equals_online(tmp_path, options):
     for one, other in zip(cached, online, strict=True):
         assert one["gold"] == pytest.approx(other["gold"], rel=1e-4)
     assert cached[-1]["gold"] < cached[0]["gold"]
+
+
+def test_a_mapping_of_another_pair_is_refused(tmp_path):
+    world = World(tmp_path / "results")
+    signals = world.signals(shards=1, top_k=30)
+    turned = {"teacher_tokenizer": world.tokenizer, "tokenizer": world.teacher_tokenizer}
+    world.run(mined_mapping.main, "tokenizer_pairs/turned/manifest.json", {"max_distance": 0.3}, **turned)
+    entry = {"name": "gold", "module": "stages.losses.gold", "chunks": "unconstrained", "weight": 1.0}
+    with pytest.raises(UserError, match=r"turned.* was made with another teacher_tokenizer .* than tokenizers/big"):
+        world.distill("refused", [entry], signals=signals, mapping="tokenizer_pairs/turned/manifest.json")
+    assert not (world.root / "students/refused").exists()
