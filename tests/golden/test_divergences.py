@@ -21,6 +21,7 @@ NAMES = {
     "skewed_reverse_kl": "srkl",
     "adaptive_kl": "akl",
     "js": "js",
+    "js_divergence": "js",
 }
 VALUES, GRADIENTS = {"rtol": 1e-4, "atol": 1e-6}, {"rtol": 1e-3, "atol": 1e-6}
 
