@@ -16,7 +16,7 @@ from tests.benchmarks.measure import missing, row
 STUDENT, TEACHER = "qwen1.5", "gpt2"
 COLUMNS = ["observed_logprob", "boundary_logprob"]
 VOCAB = 151936
-EXAMPLES, STEPS, ROUNDS = 64, 4, 3
+EXAMPLES, STEPS, ROUNDS = 64, 4, 5
 ENTRIES = {
     "sft": {"name": "sft", "module": "stages.losses.sft", "chunks": None},
     "alm": {"name": "alm_unconstrained", "module": "stages.losses.alm", "chunks": "unconstrained"},
