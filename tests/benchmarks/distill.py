@@ -5,13 +5,11 @@ import itertools
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from tests.benchmarks.alignment import NEEDED, corpus
-from tests.benchmarks.measure import missing, row
+from tests.benchmarks.measure import in_process, missing, row
 
 STUDENT, TEACHER = "qwen1.5", "gpt2"
 COLUMNS = ["observed_logprob", "boundary_logprob"]
@@ -33,7 +31,7 @@ def measure(arguments) -> list[dict]:
         runs = {method: [] for method in ENTRIES}
         for _ in range(ROUNDS):
             for method, found in runs.items():
-                found.append(run(arguments, Path(folder), method))
+                found.append(in_process("distill", arguments, method, folder))
     seconds = {
         method: sum(min(steps) for steps in zip(*(one["steps"] for one in found), strict=True))
         for method, found in runs.items()
@@ -43,17 +41,6 @@ def measure(arguments) -> list[dict]:
     per_step = f"sft, {seconds['sft'] / (STEPS - 1):.2f} s a step of {runs['sft'][0]['tokens']:.0f} tokens"
     baselines = {"time": per_step, "peak memory": f"sft, {memory['sft'] / 2**20:.0f} MiB"}
     return [row(f"alm step, {what}, V={VOCAB}", ratios[what], "x sft", 1.15, baselines[what], True) for what in ratios]
-
-
-def run(arguments, folder: Path, method: str) -> dict:
-    """Train in a process of its own, whose peak memory is then known."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.distill", method, str(folder)]
-    command += ["--tokenizers", str(arguments.tokenizers), "--data", str(arguments.data)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"the benchmark process of {method} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_signals(arguments, path: Path) -> None:

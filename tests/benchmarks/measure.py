@@ -1,5 +1,9 @@
 """How benchmarks are timed and reported."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -29,3 +33,14 @@ def missing(group: str, arguments, tokenizers: tuple[str, ...] = (), files: tupl
     if absent:
         print(f"{group}: left out, {', '.join(absent)} not found; name their folders with --tokenizers and --data")
     return bool(absent)
+
+
+def in_process(group: str, arguments, *words: str) -> dict:
+    """Return the JSON that a group of benchmarks prints when run with `words`: in a process of its own, one thread."""
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.benchmarks.{group}", *words]
+    command += ["--tokenizers", str(arguments.tokenizers), "--data", str(arguments.data)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"the benchmark process {group} {words[0]} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])

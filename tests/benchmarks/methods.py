@@ -4,14 +4,12 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from tests.benchmarks.alignment import NEEDED, corpus
-from tests.benchmarks.measure import missing, row
+from tests.benchmarks.measure import in_process, missing, row
 
 STUDENT, TEACHER = "qwen1.5", "gpt2"
 VOCAB = 151936
@@ -30,8 +28,8 @@ def measure(arguments) -> list[dict]:
     names = [name for name in METHODS if name not in LEFT_OUT]
     with tempfile.TemporaryDirectory() as folder:
         write_mapping(arguments, Path(folder))
-        runs = {name: run(arguments, Path(folder), name) for name in ["sft", *names]}
-        again = run(arguments, Path(folder), "sft")
+        runs = {name: in_process("methods", arguments, name, folder) for name in ["sft", *names]}
+        again = in_process("methods", arguments, "sft", folder)
     seconds, memory = (min(runs["sft"][key], again[key]) for key in ("seconds", "memory"))
     per_step = f"sft, {seconds / (STEPS - 1):.2f} CPU seconds a step"
     peak = f"sft, {memory / 2**20:.0f} MiB"
@@ -40,17 +38,6 @@ def measure(arguments) -> list[dict]:
         rows.append(row(f"{name} step, time", runs[name]["seconds"] / seconds, "x sft", 2.0, per_step, True))
         rows.append(row(f"{name} step, peak memory", runs[name]["memory"] / memory, "x sft", 2.0, peak, True))
     return rows
-
-
-def run(arguments, folder: Path, method: str) -> dict:
-    """Train in a process of its own, on one thread."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.methods", method, str(folder)]
-    command += ["--tokenizers", str(arguments.tokenizers), "--data", str(arguments.data)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"the benchmark process of {method} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_mapping(arguments, folder: Path) -> None:
