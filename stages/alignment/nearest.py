@@ -1,7 +1,7 @@
 """For each of many byte strings, the two nearest of others by Levenshtein distance: exact, without comparing all pairs.
 
-1. Neighbours in the order of the bytes, and in that of the reversed bytes, share a long prefix or suffix: the distances
-   to a few of them give each query a second-best distance that the answer cannot exceed.
+1. Neighbours in the order of the first 8 bytes, and in that of the last 8 reversed, share a prefix or suffix: the
+   distances to a few of them give each query a second-best distance that the answer cannot exceed.
 2. The bag distance max(|a|, |b|) - |a ∩ b|, with the multiset of bytes that a and b share, never exceeds the
    Levenshtein distance (Bartolini, Ciaccia and Patella 2002, "String Matching with Metric Trees Using an Approximate
    Distance"). From one query to all choices of a like length it is one subtraction of vectors for each byte, and it

@@ -16,8 +16,7 @@ on top:
     loss(student, arrays, options) -> (sum, {name: sum})
         Torch. `student` maps what `needs` names to tensors (row i predicts token i + 1 of the flat micro-batch);
         its "sides" are the matrices of both models, its "pair" their tokenizers. `arrays` is `Prepared.arrays` as
-        tensors. Returns the un-normalised loss and diagnostics, normalised like the
-        loss.
+        tensors. Returns the un-normalised loss and diagnostics, normalised like the loss.
 
 A loss with weights of its own has a fifth:
 
@@ -39,9 +38,10 @@ class Needs:
     `teacher`: columns of the teacher signals; empty means that no teacher runs and none is aligned.
     `student`: of these, float32 and by flat token [N] or [N, d]: observed_logprob, boundary_logprob, eos_logprob
     (statistics of the head at `Prepared.rows`), hidden (the state that the head reads), hidden_states [N, L + 1, d]
-    (of every layer, the embedding first); head (the `Head` itself).
-    `pair`: parts of the pair of tokenizers (`stages.alignment.pair.Pair`): mapping, reverse, projection, bias, bytes.
-    `teacher_head`: whether the teacher's output layer and embedding are at hand, as student["teacher_head"].
+    (of every layer, the embedding first).
+    `pair`: parts of the pair of tokenizers (`stages.alignment.pair.Pair`): mapping (both directions), projection, bias,
+    side_path_bias.
+    `teacher_head`: whether the teacher's output layer and embedding are at hand, as student["sides"].teacher.
     """
 
     teacher: frozenset[str] = frozenset()
