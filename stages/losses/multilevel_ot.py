@@ -29,9 +29,9 @@ import torch
 
 from stages.losses import Needs, Prepared
 from stages.losses.sft import target_rows
-from stages.losses.statistics import logit_pieces, loss_of_statistics
 from stages.losses.uld import position_pairs
 from stages.signals.schema import to_float32
+from stages.training.standardised import moments_and_columns, standardised_logprob
 
 if TYPE_CHECKING:
     from stages.tokenization.encoding import EncodedBatch
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from stages.training.models import Head
 
 COLUMNS = 50
-SMALLEST_DEVIATION = 1e-4  # added to every standard deviation
 LOGARITHMIC_WEIGHT, SEQUENCE_WEIGHT = 0.1, 0.1 * 0.001
 SINKHORN_TEMPERATURE, REGULARISATION, ITERATIONS = 2.0, 0.1, 10
 
@@ -80,58 +79,18 @@ def loss(
     own, teacher = student["sides"].student.head, student["sides"].teacher.head
     hidden = student["hidden"].index_select(0, arrays["rows"])
     number = min(COLUMNS, own.shape.vocab, teacher.shape.vocab)
-    columns = example_columns(own, hidden.detach(), arrays["sizes"], number)
-    log_p = teacher_columns(teacher, arrays["teacher"], arrays["teacher_sizes"], number)
-    parts: dict[str, torch.Tensor] = {}
-
-    def of_examples(log_q: torch.Tensor) -> torch.Tensor:
-        total, terms = transport_loss(log_p, log_q, arrays)
-        parts.update(terms)
-        return total
-
-    total = loss_of_statistics(own, hidden, {"columns": columns}, standardised_at, of_examples)
-    zero = total.detach().new_zeros(())
-    return total, {name: parts.get(name, zero) for name in ("token", "sequence")}
+    log_q = likeliest_logprob(own, hidden, arrays["sizes"], number)
+    log_p = likeliest_logprob(teacher, arrays["teacher"].to(teacher.weight.dtype), arrays["teacher_sizes"], number)
+    return transport_loss(log_p, log_q, arrays)
 
 
-def standardised(logits: torch.Tensor) -> torch.Tensor:
-    """Return log softmax(z / (std(z) + 1e-4)) of logits z [n, V]."""
-    return torch.log_softmax(logits / (logits.std(-1, keepdim=True) + SMALLEST_DEVIATION), -1)
-
-
-def standardised_at(logits: torch.Tensor, here: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the standardised log-probabilities of the columns of each row."""
-    return standardised(logits).gather(1, here["columns"])
-
-
-@torch.no_grad()
-def example_columns(head: "Head", hidden: torch.Tensor, sizes: torch.Tensor, number: int) -> torch.Tensor:
-    """Return int64 [R, number]: for each row the likeliest tokens of its example, by their probabilities' sum.
+def likeliest_logprob(head: "Head", hidden: torch.Tensor, sizes: torch.Tensor, number: int) -> torch.Tensor:
+    """Return [R, number]: standardised log-probabilities of the likeliest tokens of each row's example.
 
     `hidden` [R, d], example by example; `sizes` int64 [E]: rows of each.
     """
-    ends = sizes.cumsum(0).tolist()
-    chosen = []
-    total = hidden.new_zeros(head.shape.vocab, dtype=torch.float32)
-    for part, logits in logit_pieces(head, hidden):
-        probability, start = standardised(logits).exp_(), part.start
-        while start < part.stop:
-            end = min(part.stop, ends[len(chosen)])
-            total += probability[start - part.start : end - part.start].sum(0)
-            if end == ends[len(chosen)]:
-                chosen.append(total.topk(number).indices)
-                total.zero_()
-            start = end
-    return torch.stack(chosen).repeat_interleave(sizes, 0) if chosen else sizes.new_zeros((0, number))
-
-
-@torch.no_grad()
-def teacher_columns(head: "Head", hidden: torch.Tensor, sizes: torch.Tensor, number: int) -> torch.Tensor:
-    """Return [R, number]: the teacher's standardised log-probabilities of the columns of its example."""
-    hidden = hidden.to(head.weight.dtype)
-    columns = example_columns(head, hidden, sizes, number)
-    parts = [standardised_at(logits, {"columns": columns[part]}) for part, logits in logit_pieces(head, hidden)]
-    return torch.cat(parts) if parts else hidden.new_zeros((0, number))
+    moments, columns = moments_and_columns(head, hidden.detach(), sizes, number)
+    return standardised_logprob(head, hidden, columns, sizes, moments)
 
 
 def transport_loss(

@@ -5,12 +5,12 @@ numbers are made first, without a gradient; their share of the loss is then know
 logits. Neither pass holds the logits of more than one block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from stages.training.head import block_buffer, block_logits, block_size, compute_dtype, pieces
+from stages.training.head import pieces
 
 if TYPE_CHECKING:
     from stages.training.models import Head
@@ -34,7 +34,7 @@ def loss_of_statistics(
     if not len(hidden):
         return hidden.sum().float()
     parts = []
-    for part, logits in logit_pieces(head, hidden):
+    for part, logits in head.logit_pieces(hidden):
         parts.append(statistics(logits, {name: value[part] for name, value in constants.items()}))
     found = torch.cat(parts).requires_grad_()
     with torch.enable_grad():
@@ -49,21 +49,3 @@ def loss_of_statistics(
 
     share = head.dense(linear, hidden, constants | {"slope": slope})
     return value.detach() + (share - share.detach())
-
-
-@torch.no_grad()
-def logit_pieces(head: "Head", hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, their float32 logits [n, vocab]) of hidden states [R, d], a few rows that fit a CPU's cache.
-
-    Use them at once: their place is used again.
-    """
-    vocab, compute = head.shape.vocab, compute_dtype(hidden)
-    weight = head.weight[:vocab].to(compute)
-    bias = None if head.bias is None else head.bias[:vocab].to(compute)
-    size = max(1, min(block_size(vocab, hidden.device), len(hidden)))
-    buffer = block_buffer(size, vocab, hidden)
-    for start in range(0, len(hidden), size):
-        inputs = hidden[start : start + size].to(compute)
-        logits, _ = block_logits(inputs, weight, bias, head.shape, buffer)
-        for piece in pieces(logits):
-            yield slice(start + piece.start, start + piece.stop), logits[piece]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from stages.core.errors import UserError
-from stages.signals.schema import BFLOAT16, NO_NEEDS, columns_for, normaliser_column, to_float32
+from stages.signals.schema import NO_NEEDS, columns_for, first_not_finite, normaliser_column
 from stages.training.head import SMALL_MASS, block_buffer, block_logits, block_size, pieces
 from stages.training.models import Head, hidden_states, layer_states
 from stages.training.top_k import top_k
@@ -208,13 +208,11 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 def check_finite(signals: dict[str, np.ndarray], offsets: np.ndarray, example_ids: list[str], model: str) -> None:
     """Refuse signals that are not finite, naming the first example: the teacher's weights or its type are at fault."""
-    for name, values in signals.items():
-        values = to_float32(values) if values.dtype == BFLOAT16 else values
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            row = int(np.argmax(~np.isfinite(values).reshape(len(values), -1).all(-1)))
-            first = float(values.reshape(len(values), -1)[row, 0])
-            example = example_ids[int(np.searchsorted(offsets, row, side="right")) - 1]
-            raise UserError(
-                f"Teacher {model!r} gives {name} {first} in example {example}, which is not finite: "
-                "its weights are damaged, or it overflows in this dtype (try signals.dtype: float32)."
-            )
+    wrong = first_not_finite(signals)
+    if wrong is not None:
+        name, row, value = wrong
+        example = example_ids[int(np.searchsorted(offsets, row, side="right")) - 1]
+        raise UserError(
+            f"Teacher {model!r} gives {name} {value} in example {example}, which is not finite: "
+            "its weights are damaged, or it overflows in this dtype (try signals.dtype: float32)."
+        )

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from stages.artifacts.tables import open_table
 from stages.core.errors import UserError
-from stages.signals.schema import BLOCKS, schema_of
+from stages.signals.schema import BLOCKS, first_not_finite, schema_of
 
 MEMORY_LIMIT = 4 * 2**30
 
@@ -29,11 +29,11 @@ class Signals:
     """The signals of all shards, by example index in corpus order.
 
     `count`: examples; `example_ids`: their ids. `rows(index)` gives one example as views, `gather(indices)` several as
-    flat arrays. Made by `open_signals`.
+    flat arrays. Made by `open_signals`; `home` is the folder of the shards.
     """
 
-    def __init__(self, tables: Sequence[pa.Table], columns: Sequence[str]) -> None:
-        self.columns = list(columns)
+    def __init__(self, tables: Sequence[pa.Table], columns: Sequence[str], home: Path) -> None:
+        self.columns, self.home = list(columns), home
         self._parts: list[_Part] = []
         self.example_ids: list[str] = []
         first = 0
@@ -54,11 +54,23 @@ class Signals:
         return {"exact": part.exact[row]} | {name: values[span] for name, values in part.values.items()}
 
     def gather(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """Return several examples, concatenated in the order given; `exact` has one entry per example."""
+        """Return several examples, concatenated in the order given; `exact` has one entry per example.
+
+        UserError for a value that is not finite.
+        """
         examples = [self.rows(int(index)) for index in indices]
         names = ["input_ids", *self.columns]
         filled = [example for example in examples if len(example["input_ids"])] or examples[:1]
         joined = {name: np.concatenate([example[name] for example in filled]) for name in names}
+        wrong = first_not_finite({name: joined[name] for name in self.columns})
+        if wrong is not None:
+            name, row, value = wrong
+            ends = np.cumsum([len(example["input_ids"]) for example in examples])
+            example = self.example_ids[int(indices[int(np.searchsorted(ends, row, side="right"))])]
+            raise UserError(
+                f"The teacher signals {self.home} hold {name} {value} in example {example}, which is not finite: "
+                "remove that folder and run again, and the teacher is asked anew."
+            )
         return joined | {"exact": np.array([example["exact"] for example in examples])}
 
 
@@ -90,7 +102,7 @@ def open_signals(paths: Sequence[Path], columns: Sequence[str], cache: Path | No
     finally:
         for file in files:
             file.close()
-    return Signals(tables, columns)
+    return Signals(tables, columns, paths[0].parent)
 
 
 def _decoded_size(file: pq.ParquetFile, names: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 BFLOAT16 = np.dtype(np.uint16)  # NumPy has no such type: its bits
+FLOAT16_INFINITY, BFLOAT16_INFINITY = np.uint16(0x7C00), np.uint16(0x7F80)  # the exponents of infinity and NaN
 BLOCKS = {
     "topk_ids": np.dtype(np.uint32),
     "topk_logprobs": np.dtype(np.float16),
@@ -58,3 +59,20 @@ def schema_of(columns: list[str]) -> pa.Schema:
 def to_float32(bits: np.ndarray) -> np.ndarray:
     """Return bfloat16 values, given as their uint16 bits, as float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def first_not_finite(signals: dict[str, np.ndarray]) -> tuple[str, int, float] | None:
+    """Return (column, row, value) of the first signal that is infinite or not a number; None where there is none."""
+    for name, values in signals.items():
+        bits = FLOAT16_INFINITY if values.dtype == np.float16 else BFLOAT16_INFINITY
+        if values.dtype.itemsize == 2:  # NumPy has no fast test for either type
+            wrong = (values.view(np.uint16) & bits) == bits
+        elif values.dtype.kind == "f":
+            wrong = ~np.isfinite(values)
+        else:
+            continue
+        if wrong.any():
+            row, place = divmod(int(np.argmax(wrong)), int(np.prod(values.shape[1:])))
+            one = values.reshape(len(values), -1)[row, place : place + 1]
+            return name, row, float((to_float32(one) if values.dtype == BFLOAT16 else one)[0])
+    return None

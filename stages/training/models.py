@@ -1,5 +1,6 @@
 """How causal language models make logits of hidden states."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +12,15 @@ from stages.core.errors import UserError
 from stages.models.loading import check_rows
 from stages.training.dense import RowLoss, dense_loss
 from stages.training.distribution import Chosen, head_distribution
-from stages.training.head import Shape, block_logits, head_statistics
+from stages.training.head import (
+    Shape,
+    block_buffer,
+    block_logits,
+    block_size,
+    compute_dtype,
+    head_statistics,
+    pieces,
+)
 
 CHECK_TOKENS = 12
 
@@ -46,6 +55,23 @@ class Head:
         bias = None if self.bias is None else self.bias[: self.shape.vocab]
         weight = self.weight[: self.shape.vocab]
         return block_logits(hidden.to(weight.dtype), weight, bias, self.shape)[0]
+
+    @torch.no_grad()
+    def logit_pieces(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (rows, their float32 logits [n, vocab]) of hidden states [N, d], a few rows that fit a CPU's cache.
+
+        They may be written on. Use them at once: their place is used again.
+        """
+        vocab, compute = self.shape.vocab, compute_dtype(hidden)
+        weight = self.weight[:vocab].to(compute)
+        bias = None if self.bias is None else self.bias[:vocab].to(compute)
+        size = max(1, min(block_size(vocab, hidden.device), len(hidden)))
+        buffer = block_buffer(size, vocab, hidden)
+        for start in range(0, len(hidden), size):
+            inputs = hidden[start : start + size].to(compute)
+            logits, _ = block_logits(inputs, weight, bias, self.shape, buffer)
+            for piece in pieces(logits):
+                yield slice(start + piece.start, start + piece.stop), logits[piece]
 
     def distribution(
         self, hidden: torch.Tensor, candidates: torch.Tensor, likeliest: int, temperature: float

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -119,6 +120,18 @@ def test_damaged_signals(world, signals):
         refused(world, lambda: world.distill("bad", signals=signals), r"part-0000\.parquet holds \d+ bytes instead")
     finally:
         path.write_bytes(content)
+
+
+def test_cached_signals_that_are_not_finite(world, monkeypatch):
+    """As another writer might leave them: our own refuses them before they are written (test_signals)."""
+
+    def spoil(signals, *_):
+        signals["observed_logprob"][7] = np.nan
+
+    monkeypatch.setattr("stages.signals.compute.check_finite", spoil)
+    spoiled = world.signals(shards=1, name="spoiled")
+    sentence = r"teachers/spoiled hold observed_logprob nan in example \S+, which is not finite: remove that folder"
+    refused(world, lambda: world.distill("bad", signals=spoiled), sentence)
 
 
 def test_fewer_rows_than_tokens(world):

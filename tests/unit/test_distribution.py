@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from stages.training.dense import dense_loss
 from stages.training.distribution import head_distribution
 from stages.training.head import Shape
+from stages.training.models import Head
+from stages.training.standardised import moments_and_columns, standardised_logprob
 
 
 def made(rows=7, size=5, vocab=23, padding=3, seed=0):
@@ -75,3 +77,43 @@ def test_padding_columns_take_no_part():
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
     after.candidates.sum().backward()
     assert (weight.grad[23:] == 0).all() and weight.grad[:23].abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [Shape(23), Shape(20, 0.7), Shape(23, 2.0, 4.0)])
+@pytest.mark.parametrize("block", [2, 100])
+def test_standardised_values_and_gradients(shape, block, monkeypatch):
+    for module in ("models", "standardised"):
+        monkeypatch.setattr(f"stages.training.{module}.block_size", lambda vocab, device: block)
+    hidden, weight, bias = made()
+    layer = torch.nn.Linear(5, len(weight))
+    with torch.no_grad():
+        layer.weight.copy_(weight), layer.bias.copy_(bias)
+    sizes = torch.tensor([3, 1, 3])
+    states = hidden.detach().float().requires_grad_()
+    moments, columns = moments_and_columns(Head(layer, shape), states.detach(), sizes, 4)
+    found = standardised_logprob(Head(layer, shape), states, columns, sizes, moments)
+
+    leaves = [hidden, weight, bias.requires_grad_()]
+    logits = logits_of(*leaves, shape)
+    logprob = torch.log_softmax(logits / (logits.std(-1, keepdim=True) + 1e-4), -1)
+    likeliest = torch.stack([part.exp().sum(0).topk(4).indices for part in logprob.split(sizes.tolist())])
+    assert (columns == likeliest).all()
+    expected = logprob.gather(1, likeliest.repeat_interleave(sizes, 0))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = torch.autograd.grad((found * slope.float()).sum(), [states, layer.weight, layer.bias])
+    right = torch.autograd.grad((expected * slope).sum(), leaves)
+    for a, b in zip(ours, right, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_standardised_of_equal_logits():
+    """A deviation of zero moves nothing by itself, as torch's own has it."""
+    layer = torch.nn.Linear(3, 6, bias=False)
+    torch.nn.init.ones_(layer.weight)
+    head, states, sizes = Head(layer, Shape(6)), torch.randn(2, 3).requires_grad_(), torch.tensor([2])
+    moments, columns = moments_and_columns(head, states.detach(), sizes, 2)
+    value = standardised_logprob(head, states, columns, sizes, moments)
+    torch.testing.assert_close(value, torch.full((2, 2), 1 / 6).log())
+    gradient = torch.autograd.grad(value[0, 0], [states, layer.weight])
+    assert all(torch.isfinite(part).all() for part in gradient)

@@ -64,7 +64,7 @@ def test_values_and_gradients(toy):
 
 def test_a_block_may_end_within_an_example(toy, monkeypatch):
     whole = step(multilevel_ot, toy, {}, [[0, 1, 2, 3]])
-    monkeypatch.setattr("stages.losses.statistics.block_size", lambda vocab, device: 5)
+    monkeypatch.setattr("stages.training.models.block_size", lambda vocab, device: 5)
     monkeypatch.setitem(PIECE_ELEMENTS, "cpu", 2 * 400)
     close(whole, step(multilevel_ot, toy, {}, [[0, 1, 2, 3]]))
 

@@ -165,3 +165,31 @@ def test_not_finite():
     values[4] = np.nan
     with pytest.raises(UserError, match=r"'big' gives eos_logprob nan in example b"):
         check_finite({"eos_logprob": values}, np.array([0, 3, 6]), ["a", "b"], "big")
+
+
+@pytest.mark.parametrize(
+    ("column", "bad"),
+    [
+        ("observed_logprob", np.float32(np.nan)),
+        ("tail_logmass", np.float32(-np.inf)),
+        ("topk_logprobs", np.float16(np.nan)),
+        ("hidden", np.uint16(0xFF80)),  # minus infinity in bfloat16
+        ("hidden", np.uint16(0x7FC0)),  # NaN
+    ],
+)
+def test_a_value_that_is_not_finite_is_refused_when_it_is_read(tmp_path, column, bad):
+    offsets = np.array([0, 2, 2, 5])
+    signals = {
+        "observed_logprob": np.full(5, -1.0, np.float32),
+        "tail_logmass": np.full(5, -2.0, np.float32),
+        "topk_ids": np.zeros((5, 3), np.uint32),
+        "topk_logprobs": np.full((5, 3), -3.0, np.float16),
+        "hidden": np.full((5, 4), 0x7F7F, np.uint16),  # the largest finite number
+    }
+    signals[column].reshape(5, -1)[3, -1] = bad
+    with writing(tmp_path / "part.parquet", list(signals), {}) as writer:
+        writer.add(["a", "empty", "c"], np.ones(3, bool), np.zeros(5, np.uint32), offsets, signals)
+    found = open_signals([tmp_path / "part.parquet"], list(signals))
+    assert len(found.gather([1, 0])["hidden"]) == 2
+    with pytest.raises(UserError, match=rf"{tmp_path} hold {column} (nan|-inf) in example c, which is not finite"):
+        found.gather([1, 2, 0])

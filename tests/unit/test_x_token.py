@@ -152,7 +152,7 @@ def test_a_split_batch_gives_the_same_gradient(toy, name):
 
 def test_blocks_change_nothing(toy, monkeypatch):
     whole = step(x_token, toy, {"name": "p_kl"}, [[0, 1, 2, 3]], k=20)
-    monkeypatch.setattr("stages.losses.statistics.block_size", lambda vocab, device: 5)
+    monkeypatch.setattr("stages.training.models.block_size", lambda vocab, device: 5)
     monkeypatch.setitem(PIECE_ELEMENTS, "cpu", 2 * 400)
     close(whole, step(x_token, toy, {"name": "p_kl"}, [[0, 1, 2, 3]], k=20))
 
