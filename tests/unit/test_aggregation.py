@@ -14,6 +14,7 @@ import yaml
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from stages.core.errors import UserError
 from stages.losses import sft
@@ -204,7 +205,7 @@ def test_two_processes_equal_one(view, tmp_path, way, max_tokens):
     for one, other in zip(lines, expected["metrics"], strict=True):
         for key, value in other.items():
             assert one[key] == pytest.approx(value, rel=1e-3), key
-    found = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
+    found = load_file(tmp_path / "two" / "weights.safetensors")
     for name, value in weights(single).items():
         torch.testing.assert_close(value, found[name], rtol=1e-3, atol=5e-5)
 
@@ -217,7 +218,7 @@ def process(tokenizer, folder, way, max_tokens):
     run = two_losses(ByteView.load(Path(tokenizer)), Path(folder), way, **options)
     train(run)
     if rank == 0:
-        torch.save(weights(run), Path(folder) / "weights.pt")
+        save_file(weights(run), Path(folder) / "weights.safetensors")
 
 
 def test_the_program(tmp_path):

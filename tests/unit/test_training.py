@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.artifacts.schemas import EXAMPLES
@@ -218,7 +219,7 @@ def test_two_processes_equal_one(view, tmp_path):
         command = [sys.executable, "-c", code, str(view.folder), str(tmp_path / "two")]
         jobs.append(subprocess.Popen(command, env=environment))
     assert [job.wait(timeout=120) for job in jobs] == [0, 0]
-    found = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
+    found = load_file(tmp_path / "two" / "weights.safetensors")
     for name, value in weights(alone).items():
         torch.testing.assert_close(value, found[name], rtol=1e-3, atol=2e-5)
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
@@ -236,7 +237,7 @@ def process(tokenizer, folder):
     run = make_run(ByteView.load(Path(tokenizer)), Path(folder), rank, 2, train={"steps": 3}, dropout=0.0)
     train(run)
     if rank == 0:
-        torch.save(weights(run), Path(folder) / "weights.pt")
+        save_file(weights(run), Path(folder) / "weights.safetensors")
 
 
 def test_schedules():
