@@ -1,4 +1,4 @@
-"""Every row of the table of methods through the programs: splits, two processes, examples that teach nothing."""
+"""Every row of the table of methods through the programs: splits, two processes, invariants, nothing to learn."""
 
 import json
 import os
@@ -9,7 +9,8 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from stages import (
     mined_mapping,
@@ -48,6 +49,19 @@ class World(test_distill.World):
             "corners": self.written("corners", [(text, False) for text, _ in CORNERS]),
         }
         self.inputs = {name: self.made(name) for name in self.corpora}
+
+    def variant(self, name, padding, constant):
+        """The student with rows of junk after its 300, and a constant added to the logits of each place."""
+        folder = self.root.parent / f"weights-{name}"
+        tiny.llama(folder, 300 + padding, 2)
+        weights = load_file(self.root.parent / "weights-student" / "model.safetensors")
+        for key in ("lm_head.weight", "model.embed_tokens.weight"):
+            weights[key] = torch.cat([weights[key], torch.full((padding, 32), 40.0)])
+        weights["lm_head.weight"] += constant * torch.randn(32, generator=torch.Generator().manual_seed(0))
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        manifest = f"models/{name}/manifest.json"
+        tiny.publish(self.root / manifest, "pretrain", {path.name: path for path in folder.iterdir()})
+        return self.named(manifest)
 
     def written(self, name, texts):
         rows = []
@@ -94,12 +108,12 @@ class World(test_distill.World):
 
         return super().run(kept, manifest, spec, **inputs)
 
-    def train(self, name, kind, corpus="mixed", **train):
+    def train(self, name, kind, corpus="mixed", init=None, **train):
         """Metrics and weights of a method on cached signals."""
         method = METHODS[name]
         entry = {"name": name, "module": method.module, "chunks": method.chunks, "weight": 1.0}
         reads = self.inputs[corpus] if method.teacher else {"corpus": self.corpora[corpus]}
-        self.distill(f"{kind}-{name}", [entry], TRAIN | train, LOSS, **reads)
+        self.distill(f"{kind}-{name}", [entry], TRAIN | train, LOSS, init=init, **reads)
         return self.result(f"{kind}-{name}")
 
     def result(self, name):
@@ -159,6 +173,17 @@ def test_two_processes_are_one(whole):
     assert [job.wait(timeout=400) for job in jobs] == [0, 0]
     for name, (metrics, weights, world) in whole.items():
         agree(world.result(f"two-{name}"), (metrics, weights))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_columns_and_a_constant_on_all_logits_change_nothing(whole, name):
+    metrics, _, world = whole[name]
+    # The projectors of these two are made of the output matrix itself.
+    constant = 0.0 if name in ("baseline_dskd", "dskd_eta") else 3.0
+    init = world.variant(f"odd-{constant:.0f}", 20, constant)
+    found, _ = world.train(name, "odd", init=init, steps=1)
+    for key in (name, "loss", "grad_norm"):
+        assert found[0][key] == pytest.approx(metrics[0][key], rel=1e-3), key
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -168,7 +168,7 @@ def test_padding_columns_change_nothing(world):
 
 
 def test_rows_are_not_shifted(world):
-    """A teacher that knows the text by heart puts its mass on the very next token: forward KL is the cross entropy."""
+    """The log-probability of the next token stands among the likeliest of the same row."""
     from stages.signals.reader import open_signals
 
     signals = open_signals([world.root / "teachers/kept/part-0000.parquet"], ["topk_ids", "topk_logprobs"])

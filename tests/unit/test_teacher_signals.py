@@ -4,17 +4,19 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from stages import teacher_index, teacher_signals
+from stages.artifacts.schemas import EXAMPLES
 from stages.core import artifact
 from stages.core.errors import UserError
 from stages.signals.reader import open_signals
 from stages.signals.schema import columns_for
 from stages.tokenization import ByteView
-from stages.tokenization.batches import refuse_inexact
+from stages.tokenization.batches import encode_rows, refuse_inexact
 
 from . import tiny
 
@@ -62,6 +64,34 @@ def join(root, shards, folder="teacher"):
     entries = [tiny.entry(f"teachers/{folder}/part-{shard:04d}.manifest.json") for shard in shards]
     teacher_index.main(tiny.argv(root, f"teachers/{folder}/manifest.json", {"inputs": {"shards": entries}}))
     return json.loads((root / f"teachers/{folder}/shards.json").read_text())
+
+
+def test_row_i_predicts_token_i_plus_1(root):
+    """A teacher that knows which token follows which, and nothing else, names the next token in each row."""
+    text = "abcdefghijklmnopqrstuvwxyz 0123456789"
+    slot = {"role": "text", "text": text, "loss": True}
+    row = {"example_id": "0", "document_id": "0", "slots": [slot], "bytes": len(text)}
+    table = pa.Table.from_pylist([row | {"starts_document": True, "ends_document": True}], schema=EXAMPLES)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    tiny.publish(root / "corpora/once/manifest.json", "corpus", {"train.parquet": sink.getvalue().to_pybytes()})
+    ids = torch.tensor(encode_rows(ByteView.load(root / "tokenizers/big"), table).ids.astype(np.int64))
+    assert len(ids) > 20 and len(ids.unique()) == len(ids)
+
+    def plant(model):
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+            states = torch.nn.functional.normalize(model.model.embed_tokens.weight, dim=-1)
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[ids[1:]] = 20 * states[ids[:-1]]
+
+    publish_model(root, "bigram", 310, plant)
+    run(root, folder="bigram", shards=1, inputs={"corpus": "corpora/once", "model": "models/bigram"})
+    found = open_signals([root / "teachers/bigram/part-0000.parquet"], columns_for(NEEDS)).rows(0)
+    assert found["topk_ids"][:-1, 0].tolist() == found["input_ids"][1:].tolist() == ids[1:].tolist()
+    assert (found["observed_logprob"][:-1] > -0.01).all() and (found["topk_ids"][1:, 0] != ids[1:].numpy()).all()
 
 
 def test_signals_are_the_models_predictions(root):
