@@ -257,10 +257,29 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
             f"Config: `{where}.train`: train_model_mode `embeddings` with train_embeddings false trains nothing; "
             "change one."
         )
+    _check_methods(where, entry)
+
+
+def _check_methods(where: str, entry: dict) -> None:
+    """Refuse settings that a module of stages/losses would refuse after hours in a queue."""
+    losses = entry["losses"]
     known_flags = {"append_space", "eos_as_space", "merge_by_space_prob"}
     for flag in filter(None, entry["alm_mode"].split("+")):
         if flag not in known_flags:
             raise UserError(f"Config: `{where}.alm_mode` has the flag `{flag}`; {nearest(flag, list(known_flags))}")
+    if entry["alm_diff_fn"] == "renyi" and entry["renyi_alpha"] == 1:
+        raise UserError(f"Config: `{where}.renyi_alpha` is 1; take alm_diff_fn reverse_binary_kl, which is its limit.")
+    if "rskd" in losses and entry["temperature"] != 1:
+        raise UserError(
+            f"Config: `{where}.temperature` is {entry['temperature']}, but `rskd` draws tokens at temperature 1 and "
+            "can only be read there; remove it."
+        )
+    projects = entry["latents_do_project"] and entry["latents_to_align"] == "all_hidden_states"
+    if "alm_latents" in losses and projects:
+        raise UserError(
+            f"Config: `{where}.latents_do_project` goes with latents_to_align last_hidden_state, not "
+            "all_hidden_states; change one."
+        )
 
 
 def _check_aggregation(where: str, name: str, mode: str) -> None:

@@ -17,6 +17,7 @@ BASE = {
     "experiments": {"alm": {"student": "small", "teacher": "big", "corpus": "docs", "losses": ["alm_unconstrained"]}},
     "evaluation": {"suites": {"heldout": {"kind": "bits_per_byte", "corpus": "docs"}}},
 }
+TRAINED = {"student": "small", "teacher": "big", "corpus": "docs", "losses": ["alm_unconstrained"]}
 
 
 @pytest.fixture
@@ -48,6 +49,19 @@ FAULTS = [
     ("experiments/alm/loss_weights", [1.0, 2.0], ["experiments.alm.loss_weights", "2 numbers for 1 losses"]),
     ("experiments/alm/loss_weights", [0.0], ["experiments.alm.loss_weights", "all 0"]),
     ("experiments/alm/alm_mode", "append_spaces", ["experiments.alm.alm_mode", "`append_space`"]),
+    ("experiments/alm", TRAINED | {"alm_diff_fn": "renyi", "renyi_alpha": 1.0}, ["experiments.alm.renyi_alpha"]),
+    ("experiments/alm", TRAINED | {"losses": ["fkl"], "temperature": 0}, ["alm.temperature", "more than 0"]),
+    ("experiments/alm", TRAINED | {"losses": ["fkl"]}, ["`fkl`", "another tokenizer (`a`) than its student (`b`)"]),
+    (
+        "experiments/alm",
+        TRAINED | {"losses": ["rskd"], "teacher": "small", "temperature": 2.0},
+        ["experiments.alm.temperature", "`rskd` draws tokens at temperature 1"],
+    ),
+    (
+        "experiments/alm",
+        TRAINED | {"losses": ["alm_latents"], "latents_to_align": "all_hidden_states", "latents_do_project": True},
+        ["experiments.alm.latents_do_project", "change one"],
+    ),
     ("experiments/alm/alm_diff_fn", "binary_cee", ["experiments.alm.alm_diff_fn", "did you mean `binary_ce`?"]),
     ("experiments/alm/teacher", "bigg", ["experiments.alm.teacher", "did you mean `big`?"]),
     ("experiments/alm/student", "tiny", ["experiments.alm.student", "known: big, small"]),
