@@ -109,6 +109,8 @@ def total_variation(log_p: torch.Tensor, log_q: torch.Tensor, options: dict[str,
 def _expected(log_weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return exp(log_weight) * values, 0 where the weight is 0, with finite gradients."""
     filled = torch.isfinite(log_weight)
+    if filled.all():  # as in all dense losses, where each pass over the vocabulary counts
+        return log_weight.exp() * values
     weight = torch.where(filled, log_weight, 0.0).exp()
     return torch.where(filled, weight * torch.where(filled, values, 0.0), 0.0)
 
@@ -123,6 +125,8 @@ def _mixed(log_a: torch.Tensor, log_b: torch.Tensor, share: float) -> torch.Tens
 def _logaddexp(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return log(e^a + e^b); -inf with no gradient where both are -inf, for which torch's gradient is NaN."""
     none = torch.isneginf(a) & torch.isneginf(b)
+    if not none.any():
+        return torch.logaddexp(a, b)
     return torch.logaddexp(a.masked_fill(none, 0.0), b.masked_fill(none, 0.0)).masked_fill(none, -torch.inf)
 
 

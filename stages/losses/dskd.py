@@ -121,7 +121,7 @@ def loss(
     read = read_projected(own.head, t2s, targets)
     right = read.likeliest == targets
     terms = {
-        "t2s_ce": -read.logprob.sum(),
+        "t2s_ce": read.cross_entropy,
         "t2s_kd": student_space(own.head, hidden[right], t2s[right], options, options["teacher_temperature"]),
         "s2t_kd": teacher_space(other.head, s2t, arrays["teacher"], "kl", options),
     }

@@ -143,7 +143,7 @@ def loss(
     agree = read.likeliest == label
     s2t = (hidden.float() @ maps.to_teacher(own)).to(hidden.dtype)
     terms = {
-        "t2s_ce": -read.logprob.sum(),
+        "t2s_ce": read.cross_entropy,
         "t2s_kd": student_space(own, hidden[agree], t2s[agree], options),
         "s2t_kd": teacher_space(other, s2t, arrays["teacher"], options["divergence"], options),
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from stages.losses.divergences import divergence
-from stages.training.distribution import head_distribution
+from stages.training.dense import dense_loss
 
 if TYPE_CHECKING:
     from stages.training.models import Head
@@ -19,17 +19,23 @@ DEFAULTS: dict[str, Any] = {"divergence": "srkl", "kd_temp": 2.0}
 
 
 class Read(NamedTuple):
-    """Projected states as the student's output layer reads them: log-probability of a target, and the likeliest id."""
+    """Projected states as the student's output layer reads them: their summed cross entropy, and each likeliest id."""
 
-    logprob: torch.Tensor
+    cross_entropy: torch.Tensor
     likeliest: torch.Tensor
 
 
 def read_projected(head: "Head", projected: torch.Tensor, targets: torch.Tensor) -> Read:
-    """Return, for teacher states projected to [R, d], what `targets` int64 [R] get; the output layer does not learn."""
+    """Return how teacher states projected to [R, d] predict `targets` int64 [R]; the output layer does not learn."""
+    likeliest = [targets[:0]]
+
+    def of_rows(logits: torch.Tensor, here: dict[str, torch.Tensor]) -> torch.Tensor:
+        likeliest.append(logits.detach().argmax(-1))
+        return torch.nn.functional.cross_entropy(logits, here["targets"], reduction="sum")
+
     bias = None if head.bias is None else head.bias.detach()
-    found = head_distribution(projected, head.weight.detach(), targets[:, None], 1, head.shape, bias)
-    return Read(found.candidates[:, 0], found.top_ids[:, 0])
+    total = dense_loss(of_rows, projected, head.weight.detach(), head.shape, {"targets": targets}, bias)
+    return Read(total, torch.cat(likeliest))
 
 
 def student_space(
@@ -37,12 +43,10 @@ def student_space(
 ) -> torch.Tensor:
     """Return the summed divergence of the student, states [R, d], from the projected teacher [R, d], held fixed."""
 
-    def of_rows(logits: torch.Tensor, constants: dict[str, torch.Tensor]) -> torch.Tensor:
-        with torch.no_grad():
-            teacher = head.logits(constants["projected"])
-        return tempered(options["divergence"], teacher, logits, options, cooling).sum()
+    def of_rows(logits: torch.Tensor, here: dict[str, torch.Tensor]) -> torch.Tensor:
+        return tempered(options["divergence"], here["teacher"], logits, options, cooling).sum()
 
-    return head.dense(of_rows, hidden, {"projected": projected.detach()})
+    return head.dense(of_rows, hidden, {}, {"teacher": (head, projected)})
 
 
 def teacher_space(
@@ -50,10 +54,10 @@ def teacher_space(
 ) -> torch.Tensor:
     """Return the summed divergence `name` of the projected student [R, d] from the teacher, states [R, d]."""
 
-    def of_rows(logits: torch.Tensor, constants: dict[str, torch.Tensor]) -> torch.Tensor:
-        return tempered(name, head.logits(constants["teacher"]), logits, options).sum()
+    def of_rows(logits: torch.Tensor, here: dict[str, torch.Tensor]) -> torch.Tensor:
+        return tempered(name, here["teacher"], logits, options).sum()
 
-    return head.dense(of_rows, projected, {"teacher": teacher})
+    return head.dense(of_rows, projected, {}, {"teacher": (head, teacher)})
 
 
 def tempered(

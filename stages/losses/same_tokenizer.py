@@ -80,12 +80,12 @@ def loss(
     if options["teacher_distribution"] == "exact":
         teacher, own = student["sides"].teacher.head, student["sides"].student.head
 
-        def of_rows(logits: torch.Tensor, constants: dict[str, torch.Tensor]) -> torch.Tensor:
-            log_p = torch.log_softmax(teacher.logits(constants["teacher"]) / temperature, -1)
+        def of_rows(logits: torch.Tensor, here: dict[str, torch.Tensor]) -> torch.Tensor:
+            log_p = torch.log_softmax(here["teacher"] / temperature, -1)
             return divergence(name, log_p, torch.log_softmax(logits / temperature, -1), options).sum()
 
-        constants = {"teacher": arrays["teacher"]}
-        return own.dense(of_rows, student["hidden"].index_select(0, arrays["rows"]), constants) * factor, {}
+        hidden = student["hidden"].index_select(0, arrays["rows"])
+        return own.dense(of_rows, hidden, {}, {"teacher": (teacher, arrays["teacher"])}) * factor, {}
     log_p, log_q = arrays["logprob"], student["candidate_logprob"]
     if log_p.shape[1] < student["sides"].student.head.shape.vocab:
         log_p, log_q = torch.cat([log_p, arrays["rest"][:, None]], -1), with_rest(log_q)

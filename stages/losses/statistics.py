@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stages.training.head import pieces
-
 if TYPE_CHECKING:
     from stages.training.models import Head
 
@@ -42,10 +40,7 @@ def loss_of_statistics(
         (slope,) = torch.autograd.grad(value, found)
 
     def linear(logits: torch.Tensor, here: Constants) -> torch.Tensor:
-        size = pieces(logits)[0].stop
-        split = zip(logits.split(size), *(value.split(size) for value in here.values()), strict=True)
-        parts = [(dict(zip(here, values, strict=True)), rows) for rows, *values in split]
-        return torch.stack([(statistics(rows, at) * at["slope"]).sum() for at, rows in parts]).sum()
+        return (statistics(logits, here) * here["slope"]).sum()
 
     share = head.dense(linear, hidden, constants | {"slope": slope})
     return value.detach() + (share - share.detach())

@@ -6,14 +6,18 @@ Liger's fused linear losses, arXiv 2410.10989).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from stages.training.head import Shape, add_product, block_size, compute_dtype
+from stages.training.head import Shape, add_product, block_buffer, block_logits, block_size, compute_dtype, pieces
+
+if TYPE_CHECKING:
+    from stages.training.models import Head
 
 RowLoss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+Fixed = Mapping[str, "tuple[Head, torch.Tensor]"]
 
 
 def dense_loss(
@@ -24,15 +28,18 @@ def dense_loss(
     constants: Mapping[str, torch.Tensor],
     bias: torch.Tensor | None = None,
     block: int | None = None,
+    fixed: Fixed | None = None,
 ) -> torch.Tensor:
-    """Return the sum of `function(logits, constants)` over blocks of rows, differentiable in hidden, weight and bias.
+    """Return the sum of `function(logits, constants)` over all rows, differentiable in hidden, weight and bias.
 
-    `hidden` [N, d], `weight` [V, d], `bias` [V]; `function` gets float32 logits [n, shape.vocab] and the same rows of
-    every constant [N, ...], and returns a sum over its rows. Nothing is differentiated in the constants.
+    `hidden` [N, d], `weight` [V, d], `bias` [V]; `function` gets float32 logits [n, shape.vocab] of a few rows and the
+    same rows of every constant [N, ...], and returns a sum over its rows. `fixed` maps names to output layers with
+    states [N, d']: the logits that these make are constants too, and exist for a block of rows only. Nothing is
+    differentiated in the constants.
     """
     size = block or block_size(shape.vocab, hidden.device)
-    names, values = list(constants), list(constants.values())
-    return _DenseLoss.apply(hidden, weight, bias, function, shape, size, compute_dtype(hidden), names, *values)
+    settings = (function, shape, size, compute_dtype(hidden), dict(fixed or {}))
+    return _DenseLoss.apply(hidden, weight, bias, *settings, list(constants), *constants.values())
 
 
 class _DenseLoss(torch.autograd.Function):
@@ -46,6 +53,7 @@ class _DenseLoss(torch.autograd.Function):
         shape: Shape,
         block: int,
         compute: torch.dtype,
+        fixed: Fixed,
         names: list[str],
         *constants: torch.Tensor,
     ) -> torch.Tensor:
@@ -57,13 +65,19 @@ class _DenseLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             rows = weight[: shape.vocab].to(compute)
             offsets = None if bias is None else bias[: shape.vocab].to(compute)
+            fixed_logits = {name: _BlockLogits(head, min(block, len(hidden))) for name, (head, _) in fixed.items()}
+            buffer = block_buffer(min(block, len(hidden)), shape.vocab, hidden)
+            plain = Shape(shape.vocab)
             for start in range(0, len(hidden), block):
                 part = slice(start, min(start + block, len(hidden)))
                 inputs = hidden[part].to(compute)
-                product = inputs @ rows.T if offsets is None else torch.addmm(offsets, inputs, rows.T)
+                slope, _ = block_logits(inputs, rows, offsets, plain, buffer)
                 here = {name: value[part] for name, value in zip(names, constants, strict=True)}
-                value, slope = _value_and_slope(function, product.float(), shape, here)
-                total += value
+                here |= {name: logits(fixed[name][1][part]) for name, logits in fixed_logits.items()}
+                for piece in pieces(slope):
+                    few = {name: value[piece] for name, value in here.items()}
+                    value, slope[piece] = _value_and_slope(function, slope[piece], shape, few)
+                    total += value
                 if grad_bias is not None:
                     grad_bias[: shape.vocab] += slope.sum(0)
                 slope = slope.to(compute)
@@ -85,10 +99,24 @@ class _DenseLoss(torch.autograd.Function):
         return *found, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
+class _BlockLogits:
+    """Makes the logits of one block of rows after another in one place."""
+
+    def __init__(self, head: "Head", rows: int) -> None:
+        vocab = head.shape.vocab
+        self.shape, self.weight = head.shape, head.weight[:vocab].detach()
+        self.bias = None if head.bias is None else head.bias[:vocab].detach()
+        self.buffer = block_buffer(rows, vocab, self.weight)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        return block_logits(states.detach().to(self.weight.dtype), self.weight, self.bias, self.shape, self.buffer)[0]
+
+
 def _value_and_slope(
     function: RowLoss, product: torch.Tensor, shape: Shape, constants: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of one block and its gradient by the raw product [n, vocab]."""
+    """Return the loss of a few rows and its gradient by the raw product [n, vocab]."""
+    product = product.detach()
     with torch.enable_grad():
         product.requires_grad_()
         logits = product * shape.scale if shape.scale != 1.0 else product

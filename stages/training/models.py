@@ -79,9 +79,15 @@ class Head:
         """Return `head_distribution` of hidden states [N, d]."""
         return head_distribution(hidden, self.weight, candidates, likeliest, self.shape, self.bias, temperature)
 
-    def dense(self, function: RowLoss, hidden: torch.Tensor, constants: dict[str, torch.Tensor]) -> torch.Tensor:
+    def dense(
+        self,
+        function: RowLoss,
+        hidden: torch.Tensor,
+        constants: dict[str, torch.Tensor],
+        fixed: "dict[str, tuple[Head, torch.Tensor]] | None" = None,
+    ) -> torch.Tensor:
         """Return `dense_loss` of hidden states [N, d]: a sum over rows of a function of their logits."""
-        return dense_loss(function, hidden, self.weight, self.shape, constants, self.bias)
+        return dense_loss(function, hidden, self.weight, self.shape, constants, self.bias, fixed=fixed)
 
 
 class Side(NamedTuple):
