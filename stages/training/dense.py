@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from stages.training.head import Shape, add_product, block_buffer, block_logits, block_size, compute_dtype, pieces
+from stages.training.head import Shape, block_buffer, block_logits, block_size, compute_dtype, gradient_blocks
 
 if TYPE_CHECKING:
     from stages.training.models import Head
@@ -57,71 +57,46 @@ class _DenseLoss(torch.autograd.Function):
         names: list[str],
         *constants: torch.Tensor,
     ) -> torch.Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         total = hidden.new_zeros((), dtype=torch.float32)
+        made = {name: _BlockLogits(head, states, block) for name, (head, states) in fixed.items()}
+
+        def slope_of(logits: torch.Tensor, at: slice) -> None:
+            here = {name: value[at] for name, value in zip(names, constants, strict=True)}
+            here |= {name: rows(at) for name, rows in made.items()}
+            leaf = logits.detach().requires_grad_()
+            with torch.enable_grad():
+                value = function(leaf, here)
+                (slope,) = torch.autograd.grad(value, leaf)
+            total.add_(value.detach())
+            logits.copy_(slope)
+
         with torch.autocast(hidden.device.type, enabled=False):
-            rows = weight[: shape.vocab].to(compute)
-            offsets = None if bias is None else bias[: shape.vocab].to(compute)
-            fixed_logits = {name: _BlockLogits(head, min(block, len(hidden))) for name, (head, _) in fixed.items()}
-            buffer = block_buffer(min(block, len(hidden)), shape.vocab, hidden)
-            plain = Shape(shape.vocab)
-            for start in range(0, len(hidden), block):
-                part = slice(start, min(start + block, len(hidden)))
-                inputs = hidden[part].to(compute)
-                slope, _ = block_logits(inputs, rows, offsets, plain, buffer)
-                here = {name: value[part] for name, value in zip(names, constants, strict=True)}
-                here |= {name: logits(fixed[name][1][part]) for name, logits in fixed_logits.items()}
-                for piece in pieces(slope):
-                    few = {name: value[piece] for name, value in here.items()}
-                    value, slope[piece] = _value_and_slope(function, slope[piece], shape, few)
-                    total += value
-                if grad_bias is not None:
-                    grad_bias[: shape.vocab] += slope.sum(0)
-                slope = slope.to(compute)
-                if grad_hidden is not None:
-                    grad_hidden[part] = slope @ rows
-                if grad_weight is not None:
-                    add_product(grad_weight[: shape.vocab], slope.T, inputs)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.types = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+            found = gradient_blocks(hidden, weight, bias, shape, block, compute, ctx.needs_input_grad[:3], slope_of)
+        ctx.save_for_backward(*found)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found = [
-            None if saved is None else (saved * gradient).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
-        ]
+        found = [None if saved is None else saved * gradient for saved in ctx.saved_tensors]
         return *found, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 class _BlockLogits:
     """Makes the logits of one block of rows after another in one place."""
 
-    def __init__(self, head: "Head", rows: int) -> None:
+    def __init__(self, head: "Head", states: torch.Tensor, block: int) -> None:
         vocab = head.shape.vocab
         self.shape, self.weight = head.shape, head.weight[:vocab].detach()
         self.bias = None if head.bias is None else head.bias[:vocab].detach()
-        self.buffer = block_buffer(rows, vocab, self.weight)
+        self.states, self.block = states.detach(), block
+        self.buffer = block_buffer(min(block, len(states)), vocab, self.weight)
+        self.first, self.logits = 0, self.weight.new_zeros((0, vocab))
 
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        return block_logits(states.detach().to(self.weight.dtype), self.weight, self.bias, self.shape, self.buffer)[0]
-
-
-def _value_and_slope(
-    function: RowLoss, product: torch.Tensor, shape: Shape, constants: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of a few rows and its gradient by the raw product [n, vocab]."""
-    product = product.detach()
-    with torch.enable_grad():
-        product.requires_grad_()
-        logits = product * shape.scale if shape.scale != 1.0 else product
-        if shape.softcap is not None:
-            logits = torch.tanh(logits / shape.softcap) * shape.softcap
-        value = function(logits, constants)
-        (slope,) = torch.autograd.grad(value, product)
-    return value.detach(), slope
+    def __call__(self, at: slice) -> torch.Tensor:
+        """Return the logits of the rows `at`, which lie in the last block made or begin the next."""
+        if at.stop > self.first + len(self.logits):
+            self.first = at.start
+            rows = self.states[at.start : at.start + self.block].to(self.weight.dtype)
+            self.logits, _ = block_logits(rows, self.weight, self.bias, self.shape, self.buffer)
+        return self.logits[at.start - self.first : at.stop - self.first]

@@ -12,11 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from stages.training.head import (
     Shape,
-    backward_blocks,
     block_buffer,
     block_logits,
     block_size,
     compute_dtype,
+    gradient_blocks,
     normalise_block,
 )
 from stages.training.top_k import top_k
@@ -106,5 +106,5 @@ class _HeadDistribution(torch.autograd.Function):
             for ids, gradient in asked:
                 logits.scatter_add_(1, ids[at], gradient[at])
 
-        found = backward_blocks(hidden, weight, bias, shape, block, compute, ctx.needs_input_grad[:3], slope_of)
+        found = gradient_blocks(hidden, weight, bias, shape, block, compute, ctx.needs_input_grad[:3], slope_of)
         return *found, None, None, None, None, None, None

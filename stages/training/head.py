@@ -195,11 +195,11 @@ class _HeadStatistics(torch.autograd.Function):
             saved = (targets[at], mask, normaliser[at], None if boundary is None else boundary[at])
             _logit_gradient(logits, [None if g is None else g[at] for g in gradients], *saved, eos_id)
 
-        found = backward_blocks(hidden, weight, bias, shape, block, compute, ctx.needs_input_grad[:3], slope_of)
+        found = gradient_blocks(hidden, weight, bias, shape, block, compute, ctx.needs_input_grad[:3], slope_of)
         return *found, None, None, None, None, None, None
 
 
-def backward_blocks(
+def gradient_blocks(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -209,7 +209,7 @@ def backward_blocks(
     needed: tuple[bool, ...],
     slope_of: Callable[[torch.Tensor, slice], None],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of hidden states, weight and bias (None where not `needed`), logits made again in blocks.
+    """Return the gradients of hidden states, weight and bias (None where not `needed`), the logits made in blocks.
 
     `slope_of(logits, rows)` puts the gradient of the logits in their place; it gets a few rows [n, vocab] at a time.
     """
@@ -236,7 +236,7 @@ def backward_blocks(
         if grad_hidden is not None:
             grad_hidden[part] = slope @ rows
         if grad_weight is not None:
-            add_product(grad_weight[: shape.vocab], slope.T, inputs)
+            _add_product(grad_weight[: shape.vocab], slope.T, inputs)
     return (
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -284,7 +284,7 @@ def _accumulator(weight: torch.Tensor) -> torch.dtype:
     return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add left @ right to `total` in place."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from stages.training.head import Shape, backward_blocks, block_logits, block_size, compute_dtype
+from stages.training.head import Shape, block_logits, block_size, compute_dtype, gradient_blocks
 
 if TYPE_CHECKING:
     from stages.training.models import Head
@@ -138,5 +138,5 @@ class _Standardised(torch.autograd.Function):
             logits.addcmul_(probability, (-total / divisor)[at, None])
             logits.scatter_add_(1, columns[at], scattered[at])
 
-        found = backward_blocks(hidden, weight, bias, shape, block, compute, ctx.needs_input_grad[:3], slope_of)
+        found = gradient_blocks(hidden, weight, bias, shape, block, compute, ctx.needs_input_grad[:3], slope_of)
         return *found, *[None] * (len(ctx.needs_input_grad) - 3)
