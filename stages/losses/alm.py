@@ -24,9 +24,9 @@ K3_LIMIT = 40.0  # joschu_k3 grows linearly beyond this log-ratio: exp() of more
 DEFAULTS = {
     "alm_mode": "merge_by_space_prob+append_space",
     "alm_diff_fn": "binary_ce",
-    "binarization_temp": 100.0,
+    "binarization_temp": 5.0,
     "merge_threshold": 0.1,
-    "renyi_alpha": 2.0,
+    "renyi_alpha": 0.5,
     "distill_main_path_numerator": "chunk_count",
     "distill_main_path_denominator": "chunk_count",
 }

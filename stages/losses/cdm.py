@@ -33,7 +33,6 @@ from stages.losses.contextual import Links, link
 from stages.losses.divergences import SMALLEST_REST, check_temperature, with_rest
 from stages.losses.mapped import (
     Likeliest,
-    byte_chunks,
     compared,
     ends_before_targets,
     grouped,
@@ -76,8 +75,8 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
     likely = min(TOP_K, pair.student.vocab_size)
     none = np.zeros(0, np.int64)
     if options["cdm_alignment"] == "chunks":
-        teacher, student, number = byte_chunks(examples, "unconstrained")
-        teacher_rows, rows, usable = ends_before_targets(examples, teacher, student, number)
+        teacher, student, example = examples.chunks("unconstrained", scored=False)
+        teacher_rows, rows, usable = ends_before_targets(examples, teacher, student, len(example))
         top = cut(likeliest(signals, teacher_rows[usable], temperature), TOP_K)
         base = base_map(pair.to_student, options)[top.ids]
         query = Query(rows[usable], np.maximum(base, 0), likely, temperature)

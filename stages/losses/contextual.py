@@ -9,7 +9,7 @@ from rapidfuzz.process import cpdist
 
 from stages.alignment.pair import Pair
 from stages.losses.mapped import first_of_same
-from stages.losses.token_alignment import texts_of
+from stages.losses.token_alignment import is_part, texts_of
 from stages.tokenization.view import ByteView
 
 THRESHOLD = 0.3  # edit distance divided by the sum of both lengths, as in the paper
@@ -41,9 +41,10 @@ def link(
     """Return the events of the teacher's likeliest tokens [R, K] and the student's [R, k] at R places.
 
     A teacher token stands with its token of the base map `to_student`, or without one with the nearest of
-    `student_ids`; then a student token that `to_teacher` does not know and that nothing stands with joins the event of
-    the nearest of `teacher_ids`. Of equally near ones the likelier counts. The cost is that of one edit distance for
-    each pair of tokens that a bound from lengths and letters does not rule out; a batch counts each pair once.
+    `student_ids`. Then a student token that nothing stands with joins the event of its token of the base map
+    `to_teacher`, if that is among `teacher_ids`, or without one in that map the nearest of them. Of equally near ones
+    the likelier counts. The cost is that of one edit distance for each pair of tokens that a bound from lengths and
+    letters does not rule out; a batch counts each pair once.
     """
     columns = teacher_ids.shape[1]
     target = to_student[teacher_ids]
@@ -60,14 +61,31 @@ def link(
     row, column = np.nonzero(event == np.arange(columns))
     student[row, source[row, column]] = column
 
-    row, column = np.nonzero(to_teacher[student_ids] < 0)
     first = np.arange(len(target))[:, None] * len(to_teacher)  # keys of a row's student tokens start here
-    free = ~np.isin((first + student_ids)[row, column], (first + target)[target >= 0])
-    row, column = row[free], column[free]
+    free = ~np.isin(first + student_ids, (first + target)[target >= 0])
+    known = to_teacher[student_ids]
+    row, column = np.nonzero(free & (known >= 0))
+    found = column_of(teacher_ids, row, known[row, column])
+    row, column, found = row[found >= 0], column[found >= 0], found[found >= 0]
+    event[row, found] = np.minimum(event[row, found], found)  # a teacher token without an event begins one
+    student[row, columns + column] = event[row, found]
+
+    row, column = np.nonzero(free & (known < 0))
     found = nearest_in_context((pair.student, pair.teacher), student_ids[row, column], teacher_ids[row])
     row, column, found = row[found >= 0], column[found >= 0], found[found >= 0]
     student[row, columns + column] = event[row, found]
     return Links(event, student)
+
+
+def column_of(ids: np.ndarray, row: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return int64 [M]: the column of `ids` [R, K] in which each `row` holds the id `wanted`, -1 where it does not."""
+    wide = max(int(ids.max(initial=0)), int(wanted.max(initial=0))) + 1
+    keys = (np.arange(len(ids))[:, None] * wide + ids).ravel()
+    order = np.argsort(keys, kind="stable")
+    asked = row * wide + wanted
+    place = np.minimum(np.searchsorted(keys, asked, sorter=order), max(len(keys) - 1, 0))
+    found = order[place] if len(keys) else np.zeros(0, np.int64)
+    return np.where(keys[found] == asked, found % ids.shape[1], -1)
 
 
 def nearest_in_context(
@@ -92,7 +110,7 @@ def nearest_in_context(
 @lru_cache(maxsize=8)
 def letters_of(view: ByteView) -> Letters:
     """Return the lengths and letters of a tokenizer's tokens without their spaces."""
-    texts = ["" if "\ufffd" in text else text for text in texts_of(view)]
+    texts = ["" if is_part(text) else text for text in texts_of(view)]
     kinds = [sum(1 << bit for bit in {ord(letter) % _BITS for letter in text}) for text in texts]
     return Letters(np.array([len(text) for text in texts], np.int64), np.array(kinds, np.uint64))
 

@@ -1,8 +1,8 @@
 """Divergences between a teacher p and a student q, given as log-probabilities over the same tokens.
 
 All act on the last axis and return the divergence of each row, in nats. Where only some tokens are known, `with_rest`
-appends what is left as one more token: a divergence of the coarser distributions, which is at most that of the full
-ones (the data-processing inequality) and equal to it when nothing is left.
+appends what is left as one more token: a divergence of the coarser distributions, equal to that of the full ones when
+nothing is left and else at most it (the data-processing inequality; but for akl, whose weights the rest changes).
 """
 
 import math
@@ -89,8 +89,9 @@ def generalised_jsd(log_p: torch.Tensor, log_q: torch.Tensor, options: dict[str,
 def adaptive_kl(log_p: torch.Tensor, log_q: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """Return forward and reverse KL weighted by where p and q differ (AKL, arXiv 2404.02657).
 
-    The tail holds the teacher's least likely tokens, to a mass of at most `adaptive_kl_alpha`, the head the others;
-    their shares of sum |p - q| weigh forward KL (head) and reverse KL (tail). Half each where p = q.
+    The tail holds the teacher's least likely tokens, to a mass below `adaptive_kl_alpha`, the head the others; their
+    shares of sum |p - q| weigh forward KL (head) and reverse KL (tail). Half each where p = q. So tokenkit and DSKD
+    (which takes "at most"); the authors' own code fills the head, from the likeliest on, up to a mass of 0.5.
     """
     p, q = log_p.exp(), log_q.detach().exp()
     ascending, order = p.sort(-1)

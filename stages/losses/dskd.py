@@ -26,7 +26,7 @@ from stages.losses import Needs, Prepared, dual_space
 from stages.losses.divergences import check_divergence, check_temperature
 from stages.losses.dual_space import read_projected, student_space, teacher_space
 from stages.losses.projectors import linear
-from stages.losses.sft import target_rows
+from stages.losses.sft import example_of, target_rows
 from stages.signals.schema import to_float32
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
     assert examples.teacher is not None
     sides = (examples.student, examples.teacher)
     rows = [target_rows(batch.loss, batch.offsets) for batch in sides]
-    example = [np.searchsorted(batch.offsets, part, side="right") - 1 for part, batch in zip(rows, sides, strict=True)]
+    example = [example_of(part, batch.offsets) for part, batch in zip(rows, sides, strict=True)]
     sizes = np.stack([np.bincount(part, minlength=len(examples.student.offsets) - 1) for part in example], 1)
     both = (sizes > 0).all(1)
     own, other = (part[both[index]] for part, index in zip(rows, example, strict=True))

@@ -49,6 +49,11 @@ def check(options: dict[str, Any]) -> None:
     for key in ("gold_matched_weight", "gold_unmatched_weight"):
         if options[key] is not None and not options[key] >= 0:
             raise UserError(f"{key} is {options[key]}; it must not be negative.")
+    if options["gold_unmatched_weight"] is None and (options["gold_matched_weight"] or 0) > 1:
+        raise UserError(
+            f"gold_matched_weight is {options['gold_matched_weight']}, so that gold_unmatched_weight, by default 1 "
+            "minus it, would be negative: give both."
+        )
 
 
 def needs(options: dict[str, Any]) -> Needs:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from stages.alignment.chunks import align
 from stages.losses.chunks import run_ends
 from stages.losses.divergences import SMALLEST_REST, divergence, with_rest
 from stages.signals.schema import normaliser_column
@@ -24,15 +23,10 @@ LOG_SMALLEST = math.log(SMALLEST_REST)
 
 
 class Likeliest(NamedTuple):
-    """Rows of the teacher: `ids` int64 [R, k] and `logprob` float32 of the likeliest tokens; `rest` [R], all others."""
+    """Rows of the teacher: `ids` int64 [R, k] and `logprob` float32 of the likeliest tokens; `rest` [R], all others.
 
-    ids: np.ndarray
-    logprob: np.ndarray
-    rest: np.ndarray
-
-
-class Mapped(NamedTuple):
-    """Rows of the teacher on the student's tokens: `ids` int64 [R, m], `logprob` float32, -inf where unused; `rest`."""
+    Mapped to the student's tokens, a place that is not used has a `logprob` of -inf.
+    """
 
     ids: np.ndarray
     logprob: np.ndarray
@@ -55,19 +49,6 @@ def likeliest(signals: dict[str, np.ndarray], rows: np.ndarray, temperature: flo
     return Likeliest(signals["topk_ids"][rows].astype(np.int64), logprob.astype(np.float32), rest)
 
 
-def byte_chunks(examples: "Examples", kind: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return (chunk of each teacher token, of each student token, how many), int64, -1 for none, masks not applied."""
-    assert examples.teacher is not None
-    bias = examples.pair.bias if examples.pair else None
-    teacher, student, counts = align(examples.teacher, examples.student, kind, bias, scored=False)
-    starts = np.cumsum(counts, dtype=np.int64) - counts
-    sides = [
-        np.where(chunk >= 0, chunk + np.repeat(starts, np.diff(batch.offsets)), -1)
-        for chunk, batch in ((teacher, examples.teacher), (student, examples.student))
-    ]
-    return sides[0], sides[1], int(counts.sum())
-
-
 def ends_before_targets(
     examples: "Examples", teacher: np.ndarray, student: np.ndarray, number: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -87,7 +68,7 @@ def ends_before_targets(
     return ends[0], ends[1], usable
 
 
-def spread(top: Likeliest, to_teacher: np.ndarray, vocab: int) -> Mapped:
+def spread(top: Likeliest, to_teacher: np.ndarray, vocab: int) -> Likeliest:
     """Return the distribution in which a student token has the logit of the teacher token that it maps to.
 
     `to_teacher` int64 [student tokens], -1 for none; `vocab`: the teacher's number of tokens. Student tokens that
@@ -99,7 +80,7 @@ def spread(top: Likeliest, to_teacher: np.ndarray, vocab: int) -> Mapped:
     return _normalised(ids, np.where(used, np.take_along_axis(top.logprob, column, 1), -np.inf), top.rest, share)
 
 
-def gathered(top: Likeliest, to_student: np.ndarray, vocab: int) -> Mapped:
+def gathered(top: Likeliest, to_student: np.ndarray, vocab: int) -> Likeliest:
     """Return the distribution in which a teacher token gives its logit to the student token that it maps to.
 
     `to_student` int64 [teacher tokens], -1 for none; `vocab` is their number. Of several teacher tokens for one student
@@ -170,7 +151,7 @@ def compared(
     return divergence(name, log_p, with_rest(log_q), options)
 
 
-def _normalised(ids: np.ndarray, logprob: np.ndarray, rest: np.ndarray, share: np.ndarray) -> Mapped:
+def _normalised(ids: np.ndarray, logprob: np.ndarray, rest: np.ndarray, share: np.ndarray) -> Likeliest:
     """Divide by the sum over the mapped tokens and the `share` [R] of the rest that is mapped; of none, all is rest."""
     tail = np.exp(rest.astype(np.float64)) * share
     total = np.exp(logprob.astype(np.float64)).sum(-1) + tail
@@ -178,4 +159,4 @@ def _normalised(ids: np.ndarray, logprob: np.ndarray, rest: np.ndarray, share: n
     total = np.where(nothing, 1.0, total)
     with np.errstate(divide="ignore"):
         rest = np.where(nothing, 0.0, np.log(tail / total))
-    return Mapped(ids, (logprob - np.log(total)[:, None]).astype(np.float32), rest.astype(np.float32))
+    return Likeliest(ids, (logprob - np.log(total)[:, None]).astype(np.float32), rest.astype(np.float32))

@@ -3,14 +3,16 @@
 `baseline_mined` is tokenkit's: where a chunk of bytes is one token on both sides, the distributions that follow it are
 compared, each student token having the logit of the teacher token that it was mined to (`mapped.spread`); a token in
 any other chunk is learned from the text. So the row before such a token can count twice, and the row after one not at
-all. tokenkit leaves out the chunk of an example's first token; here it counts, as both sides have read it.
+all. tokenkit leaves out the chunk of an example's first token; here it counts, as both sides have read it. A token in
+no chunk is learned from the text as well.
 `baseline_minED` is FuseLLM's (arXiv 2401.10491) as DSKD has it: tokens that a string alignment joins one to one, and
 that stand for each other, give the teacher's distribution to the student's row, each teacher token its logit to the
 student token that it was mined to (`mapped.gathered`); every other row learns the token that follows. FuseLLM took the
 token of the row itself there.
 
-The comparison is `baseline.divergence`, both sides at `baseline.kd_temp`. A one-hot target is not tempered: cross
-entropy of the student at that temperature, whatever the divergence. There is no factor of the temperature squared.
+The comparison is `baseline.divergence`, by default forward KL, as in FuseLLM, and in tokenkit whatever it is set to.
+Both sides are at `baseline.kd_temp`. A one-hot target is not tempered: cross entropy of the student at that
+temperature, whatever the divergence. There is no factor of the temperature squared.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,7 @@ import torch
 from stages.losses import Needs, Prepared, Query
 from stages.losses.divergences import check_divergence, check_temperature
 from stages.losses.mapped import (
-    Mapped,
-    byte_chunks,
+    Likeliest,
     compared,
     ends_before_targets,
     gathered,
@@ -36,7 +37,7 @@ from stages.losses.token_alignment import aligned_tokens, segments, token_costs,
 if TYPE_CHECKING:
     from stages.training.data import Examples
 
-DEFAULTS: dict[str, Any] = {"divergence": "srkl", "kd_temp": 2.0}
+DEFAULTS: dict[str, Any] = {"divergence": "kl", "kd_temp": 2.0}
 
 
 def check(options: dict[str, Any]) -> None:
@@ -67,7 +68,7 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
 
 
 def prepare_rows(
-    mapped: Mapped, rows: np.ndarray, observed: np.ndarray, ids: np.ndarray, temperature: float
+    mapped: Likeliest, rows: np.ndarray, observed: np.ndarray, ids: np.ndarray, temperature: float
 ) -> Prepared:
     """Return student `rows` to compare with `mapped`, and `observed` rows, which learn the token that follows.
 
@@ -98,7 +99,8 @@ def one_to_one_rows(examples: "Examples") -> tuple[np.ndarray, np.ndarray, np.nd
 
     All rows predict a token that is trained on.
     """
-    teacher, student, number = byte_chunks(examples, "unconstrained")
+    teacher, student, example = examples.chunks("unconstrained", scored=False)
+    number = len(example)
     single = _count(teacher, number) * _count(student, number) == 1
     teacher_end, student_end, usable = ends_before_targets(examples, teacher, student, number)
     rows = target_rows(examples.student.loss, examples.student.offsets)

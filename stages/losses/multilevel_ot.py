@@ -15,6 +15,7 @@ Unlike the release (`models/distillation_model.py`):
   distribution stands inside the logarithm and the plan is normalised over the student's places last.
 - It takes a softmax of the probabilities once more in the logarithmic term, which makes both sides almost uniform; the
   paper's term has none. The sequence term keeps it, its temperature of 2 is defined by it.
+- It can choose the teacher's columns greedily, each the nearest to one of the student's; here they are its likeliest.
 - It chooses columns for a whole batch, padded places included, and adds up the sequence term over the examples of a
   batch of which it averages the others. Here an example is the unit, so that splitting a batch changes nothing.
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 
 from stages.losses import Needs, Prepared
-from stages.losses.sft import target_rows
+from stages.losses.sft import example_of, target_rows
 from stages.losses.uld import position_pairs
 from stages.signals.schema import to_float32
 from stages.training.standardised import moments_and_columns, standardised_logprob
@@ -56,7 +57,8 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
     """Return the places of each example on both sides; the count is the number of examples that have any on both."""
     teacher, student = examples.teacher, examples.student
     pairs = position_pairs(teacher, student)
-    kept = np.unique(np.searchsorted(student.offsets, pairs[1], side="right") - 1)
+    example = example_of(pairs[1], student.offsets)
+    kept = np.unique(example)
     (teacher_rows, teacher_example), (student_rows, student_example) = (
         _rows_of(batch, kept) for batch in (teacher, student)
     )
@@ -67,7 +69,7 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
         "sizes": np.bincount(student_example, minlength=len(kept)),
         "teacher_pairs": np.searchsorted(teacher_rows, pairs[0]),
         "pairs": np.searchsorted(student_rows, pairs[1]),
-        "example": np.searchsorted(kept, np.searchsorted(student.offsets, pairs[1], side="right") - 1),
+        "example": np.searchsorted(kept, example),
     }
     return Prepared(float(len(kept)), np.zeros(0, np.int64), arrays)
 
@@ -121,6 +123,6 @@ def sinkhorn_cost(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _rows_of(batch: "EncodedBatch", examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of these examples that predict a trained token, and the place of each one's example."""
     rows = target_rows(batch.loss, batch.offsets)
-    example = np.searchsorted(batch.offsets, rows, side="right") - 1
+    example = example_of(rows, batch.offsets)
     kept = np.isin(example, examples)
     return rows[kept], np.searchsorted(examples, example[kept])

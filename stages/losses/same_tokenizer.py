@@ -19,7 +19,7 @@ from stages.core.errors import UserError
 from stages.losses import Needs, Prepared, Query
 from stages.losses.divergences import DIVERGENCES, check_divergence, check_temperature, divergence, with_rest
 from stages.losses.mapped import likeliest, signals_read
-from stages.losses.sft import target_rows
+from stages.losses.sft import example_of, target_rows
 from stages.signals.schema import to_float32
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
     batch, signals, temperature = examples.student, examples.signals, options["temperature"]
     rows = target_rows(batch.loss, batch.offsets)
     if options["name"] == "last_token_kd":
-        example = np.searchsorted(batch.offsets, rows, side="right")
+        example = example_of(rows, batch.offsets)
         rows = rows[np.append(example[1:] != example[:-1], True)] if len(rows) else rows
     none = np.zeros(0, np.int64)
     if options["name"] == "rskd":

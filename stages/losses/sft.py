@@ -42,3 +42,8 @@ def target_rows(trained: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     scored = trained.copy()
     scored[offsets[:-1][offsets[:-1] < offsets[1:]]] = False
     return np.flatnonzero(scored) - 1
+
+
+def example_of(rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return the example (int64) that each flat row lies in; `offsets` int64[B+1]."""
+    return np.searchsorted(offsets, rows, side="right") - 1

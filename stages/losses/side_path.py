@@ -9,7 +9,8 @@ that a "distribution" can have more mass than 1.
 
 Known are the teacher's k likeliest tokens. Whatever is not matched among them, and everything else, is the rest of both
 sides: kl and reverse_kl are those of the coarser distributions, the others look at the matched tokens alone. With k the
-whole vocabulary all six are tokenkit's.
+whole vocabulary all six are tokenkit's, but that a rest smaller than 1e-7 counts as that (1e-8 there): nearer to 0,
+one minus a float32 sum is noise.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from stages.losses.divergences import forward_kl, reverse_kl, with_rest
 from stages.losses.mapped import (
     LOG_SMALLEST,
     Likeliest,
-    byte_chunks,
     ends_before_targets,
     grouped,
     likeliest,
@@ -61,7 +61,8 @@ def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
     """
     options = DEFAULTS | options
     assert examples.pair is not None
-    teacher, student, number = byte_chunks(examples, options.get("kind") or "unconstrained")
+    teacher, student, example = examples.chunks(options.get("kind") or "unconstrained", scored=False)
+    number = len(example)
     teacher_rows, rows, usable = ends_before_targets(examples, teacher, student, number)
     top = likeliest(examples.signals, teacher_rows[usable])
     mapping = matching(examples.pair, options["side_path_mapping_mode"])

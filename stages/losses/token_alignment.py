@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stages.tokenization.encoding import EncodedBatch
 
 _DIAGONAL, _UP, _LEFT = 0, 1, 2
+BYTES, SPACE = 0xE000, 0x20
 
 
 class Path(NamedTuple):
@@ -32,8 +33,26 @@ class Path(NamedTuple):
 
 @lru_cache(maxsize=8)
 def texts_of(view: ByteView) -> list[str]:
-    """Return the text of every token without its spaces; U+FFFD stands for parts of characters."""
-    return [view.string_of(identity).replace(" ", "") for identity in range(view.vocab_size)]
+    """Return the text of every token without its spaces; parts of characters are spelled byte by byte.
+
+    A byte b is then the private character U+E000 + b, so that different bytes differ and equal ones do not, as in the
+    vocabularies of byte-level tokenizers, whose strings the references compare.
+    """
+    return [_text(view, identity) for identity in range(view.vocab_size)]
+
+
+def _text(view: ByteView, identity: int) -> str:
+    content = view.token_bytes[identity] or b""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return "".join(chr(BYTES + byte) for byte in content if byte != SPACE)
+    return view.string_of(identity).replace(" ", "")
+
+
+def is_part(text: str) -> bool:
+    """Return whether `texts_of` gave this text to a part of a character."""
+    return bool(text) and BYTES <= ord(text[-1]) < BYTES + 256
 
 
 def aligned_tokens(batch: "EncodedBatch") -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:

@@ -17,7 +17,7 @@ import torch
 
 from stages.core.errors import UserError
 from stages.losses import Needs, Prepared, Query
-from stages.losses.sft import target_rows
+from stages.losses.sft import example_of, target_rows
 
 if TYPE_CHECKING:
     from stages.tokenization.encoding import EncodedBatch
@@ -91,7 +91,7 @@ def position_pairs(teacher: "EncodedBatch", student: "EncodedBatch") -> tuple[np
     sides = []
     for batch in (teacher, student):
         rows = target_rows(batch.loss, batch.offsets)
-        example = np.searchsorted(batch.offsets, rows, side="right") - 1
+        example = example_of(rows, batch.offsets)
         _, first, place = np.unique(example, return_index=True, return_inverse=True)
         sides.append((rows, example * width + rows - rows[first][place]))
     (teacher_rows, teacher_keys), (student_rows, student_keys) = sides

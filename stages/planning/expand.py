@@ -233,7 +233,8 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
             raise UserError(
                 f"Config: `{where}.losses` has `{loss}`, which compares token by token, but its teacher has another "
                 f"tokenizer (`{config['models'][entry['teacher']]['tokenizer']}`) than its student "
-                f"(`{entry['tokenizer']}`); take a loss that crosses tokenizers."
+                f"(`{entry['tokenizer']}`); take a loss that crosses tokenizers, or name one for both "
+                "where they are the same."
             )
     if "corpus" in entry:
         _known(entry["corpus"], config["corpora"], f"{where}.corpus", "corpora")
@@ -273,6 +274,11 @@ def _check_methods(where: str, entry: dict) -> None:
         raise UserError(
             f"Config: `{where}.temperature` is {entry['temperature']}, but `rskd` draws tokens at temperature 1 and "
             "can only be read there; remove it."
+        )
+    if "gold" in losses and entry["gold_unmatched_weight"] is None and (entry["gold_matched_weight"] or 0) > 1:
+        raise UserError(
+            f"Config: `{where}.gold_matched_weight` is above 1, so that `gold_unmatched_weight`, by default 1 minus "
+            "it, would be negative; give both."
         )
     projects = entry["latents_do_project"] and entry["latents_to_align"] == "all_hidden_states"
     if "alm_latents" in losses and projects:

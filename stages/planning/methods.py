@@ -35,7 +35,7 @@ class Method(NamedTuple):
     samples: int = 0  # tokens drawn from the distribution
     hidden: str | None = None  # "hidden": states after the last norm; "hidden_states": of all layers
     head: bool = False  # the teacher's output layer and embedding
-    pair: tuple[str, ...] = ()  # artifacts of the two tokenizers: mapping, bias
+    pair: tuple[str, ...] = ()  # artifacts of the two tokenizers: mapping, bias; every_bias: not of chunk ends alone
     same_tokenizer: bool = False  # whether teacher and student must share their tokenizer
     settings: tuple[str, ...] = ()  # keys of the experiment; "baseline.kd_temp" is kd_temp to the loss
 
@@ -153,7 +153,7 @@ def method_of(loss: str, entry: dict[str, Any]) -> Method:
     if loss == "alm_latents" and entry["latents_do_project"]:
         return method._replace(head=True)
     if loss == "alm_side_path" and entry["side_path_mapping_mode"] == "bias_threshold":
-        return method._replace(pair=("mapping", "bias"))
+        return method._replace(pair=("mapping", "bias", "every_bias"))
     if loss == "gold" and not entry["gold_hybrid"]:
         return method._replace(pair=())
     return method
@@ -170,7 +170,8 @@ def setting(entry: dict[str, Any], key: str) -> Any:
 def options_of(losses: list[str], entry: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that the losses of an experiment read, by the last part of their keys."""
     keys = {key for loss in losses for key in METHODS[loss].settings}
-    return {key.rpartition(".")[2]: setting(entry, key) for key in keys}
+    values = {key.rpartition(".")[2]: setting(entry, key) for key in keys}
+    return {key: value for key, value in values.items() if value is not None}  # null: the method's own default
 
 
 def aggregation_of(entry: dict[str, Any]) -> dict[str, Any]:

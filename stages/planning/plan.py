@@ -244,7 +244,14 @@ class _Planner:
 
     def bias(self, name: str) -> str:
         """Return the tokenization bias between the experiment's two tokenizers on its corpus."""
-        spec = {"pairs": self.config["tokenizer_bias"]["pairs"]}
+        like = (self.tokenizers(name), self.config["experiments"][name]["corpus"])
+        beside = [
+            entry
+            for other, entry in self.config["experiments"].items()
+            if (self.tokenizers(other), entry.get("corpus")) == like
+        ]
+        every = any("every_bias" in method_of(loss, entry).pair for entry in beside for loss in entry["losses"])
+        spec = {"pairs": "all" if every else self.config["tokenizer_bias"]["pairs"]}
         return self._of_pair("tokenizer_bias", name, "bias", spec, statistics=self.statistics(name))
 
     def _of_pair(self, stage: str, name: str, part: str, spec: dict[str, Any], **inputs: str) -> str:

@@ -36,19 +36,19 @@ class Examples:
     signals: dict[str, np.ndarray] = field(default_factory=dict)
     pair: "Pair | None" = None
 
-    def chunks(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def chunks(self, kind: str, scored: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (chunk of each teacher token, of each student token, example of each chunk), int64.
 
-        Chunk ids run over all examples. Only tokens that are training targets have one; -1 is none.
+        Chunk ids run over all examples; -1 is none. If `scored`, only tokens that are training targets have one.
         """
         assert self.teacher is not None
         bias = self.pair.bias if self.pair else None
-        teacher, student, counts = align(self.teacher, self.student, kind, bias)
+        teacher, student, counts = align(self.teacher, self.student, kind, bias, scored=scored)
         starts = np.cumsum(counts, dtype=np.int64) - counts
         sides = []
         for chunk, batch in ((teacher, self.teacher), (student, self.student)):
             wide = chunk + np.where(chunk >= 0, np.repeat(starts, np.diff(batch.offsets)), 0)
-            sides.append(scored_chunks(wide, batch.loss, batch.offsets))
+            sides.append(scored_chunks(wide, batch.loss, batch.offsets) if scored else wide)
         return sides[0], sides[1], np.repeat(np.arange(len(counts)), counts)
 
 

@@ -105,6 +105,8 @@ def open_pair(job: stage.Job, student: ByteView, needs: Needs) -> Pair:
     for part, threshold in thresholds.items():
         if part in needs.pair:
             refuse_other(job, "bias", ("teacher_tokenizer", "tokenizer", "corpus"))
+            if part == "side_path_bias":
+                refuse_few(job)
             parts[part] = open_bias(job, job.spec["loss"][threshold])
     return Pair(teacher, student, **parts)
 
@@ -119,6 +121,16 @@ def refuse_other(job: stage.Job, name: str, made_of: tuple[str, ...]) -> None:
                 f"({manifest['inputs'][key]['lineage']}) than {job.inputs[key]['name']} "
                 f"({job.inputs[key]['lineage']}): let snakemake make it again."
             )
+
+
+def refuse_few(job: stage.Job) -> None:
+    """Refuse biases of the pairs at chunk ends alone, which say nothing of the other pairs that a mapping has."""
+    manifest = job.inputs["bias"]
+    if manifest["spec"]["pairs"] != "all":
+        raise UserError(
+            f"The artifact {manifest['name']} has the biases of pairs at chunk ends only, but side_path_mapping_mode "
+            "bias_threshold asks for those of all tokens: set tokenizer_bias.pairs to all and make it again."
+        )
 
 
 def matches(table: pa.Table, target: str) -> Matches:

@@ -71,7 +71,8 @@ def trained(tmp_path, monkeypatch, module, options, temperatures=()):
     """The losses of each step of the programs, on cached signals and with the teacher at hand."""
     name = options["name"]
     monkeypatch.setattr(inputs, "open_bias", lambda *arguments: BiasTable(np.zeros(0, np.int64)))
-    monkeypatch.setattr(inputs, "refuse_other", lambda *arguments: None)
+    for check in ("refuse_other", "refuse_few"):
+        monkeypatch.setattr(inputs, check, lambda *arguments: None)
     entry = {"name": name, "module": module.__name__, "chunks": "unconstrained", "weight": 1.0}
     needs = NO_NEEDS | {"top_k": 100, "temperatures": list(temperatures)}
     train = {"batch_size": 12, "steps": 8}  # every step sees the whole corpus

@@ -346,10 +346,11 @@ def test_bias_of_another_pair_is_refused(world, signals):
     assert json.loads((world.root / bias).read_text())["metrics"]["pairs"] > 0
 
 
-def planned(repository, losses, **settings):
+def planned(repository, losses, more=None, **settings):
     """Return the nodes of the demo with one more experiment, and that experiment's own."""
     config = yaml.safe_load((repository / "config/config.yaml").read_text())
     extra = {"student": "teacher", "tokenizer": "spbpe", "corpus": "transfer", "losses": losses}
+    extra |= more or {}
     config["experiments"] = config["experiments"] | {"extra": extra}
     schema = yaml.safe_load((repository / run.SCHEMA).read_text())
     nodes = plan.build(expand.expand(config | settings, schema), sources.Digests(Path("/nonexistent/digests.json")))
@@ -369,5 +370,8 @@ def test_plan(repository):
     assert students and all(nodes[name] == without[name] for name in students)
     chosen, _ = planned(repository, ["alm_unbiased"], tokenizer_bias={"pairs": "all"})
     assert chosen[bias.manifest].spec["pairs"] == "all"
+    mapped = {"side_path_mapping_mode": "bias_threshold"}
+    whole, student = planned(repository, ["alm_side_path"], mapped)
+    assert whole[bias.manifest].spec["pairs"] == "all" and bias.manifest in student.inputs
     with pytest.raises(UserError, match=r"tokenizer_bias.pairs.*corpus"):
         planned(repository, ["alm_unbiased"], tokenizer_bias={"pairs": "corpus"})

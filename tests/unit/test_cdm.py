@@ -13,7 +13,7 @@ from stages.core.errors import UserError
 from stages.losses import cdm
 from stages.losses.contextual import link, nearest_in_context
 from stages.losses.mapped import Likeliest
-from stages.losses.token_alignment import segments, texts_of, warp
+from stages.losses.token_alignment import is_part, segments, texts_of, warp
 
 from .mapped_toys import GROUPS, SPLIT, TEXTS, forward_kl, junk_in_padding, masked, step, toys, trained
 from .toy_pair import Toy, close
@@ -84,7 +84,7 @@ def test_context_pairs_more_than_the_base_map(two):
 
 def slow_links(pair, teacher_ids, student_ids, to_student, to_teacher):
     """The events of one place, as sets: the words of `link`'s docstring in a loop."""
-    texts = [["" if "\ufffd" in text else text for text in texts_of(view)] for view in (pair.teacher, pair.student)]
+    texts = [["" if is_part(text) else text for text in texts_of(view)] for view in (pair.teacher, pair.student)]
 
     def near(text, others):
         sides = [(i, other) for i, other in enumerate(others) if text and other]
@@ -100,11 +100,17 @@ def slow_links(pair, teacher_ids, student_ids, to_student, to_teacher):
     events = {}
     for place, token in partner.items():
         events.setdefault(token, (set(), {token}))[0].add(int(teacher_ids[place]))
-    for token in student_ids:
-        if to_teacher[token] < 0 and int(token) not in events:
+    free = [int(token) for token in student_ids if int(token) not in events]
+    for token in free:
+        places = [place for place, other in enumerate(teacher_ids) if to_teacher[token] == other]
+        for place in places:
+            alone = ({int(teacher_ids[place])}, set())
+            events.setdefault(partner.get(place, ("alone", place)), alone)[1].add(token)
+    for token in free:
+        if to_teacher[token] < 0:
             found = near(texts[1][token], [texts[0][i] for i in teacher_ids])
             if found is not None:
-                events[partner[found]][1].add(int(token))
+                events[partner[found]][1].add(token)
     return {(frozenset(left), frozenset(right)) for left, right in events.values()}
 
 
@@ -131,6 +137,31 @@ def test_links_are_the_events(two, seed, mapping):
         assert found == slow_links(pair, teacher[row], student[row], to_student, to_teacher)
 
 
+def test_the_base_map_goes_both_ways(two):
+    """Student tokens of one teacher token are one event with it, whichever of them it names, and if it names none."""
+    pair = two[1].pair
+    teacher, student = np.array([[300, 301, 302]]), np.array([[270, 271, 272, 273]])
+    to_student, to_teacher = np.full(330, -1), np.full(280, 0)
+    to_student[300] = 270
+    to_teacher[[270, 271, 272]] = 300, 300, 302
+    links = link(pair, teacher, student, to_student, to_teacher)
+    assert links.teacher.tolist() == [[0, 3, 2]]
+    assert links.student.tolist() == [[0, 3, 3, 3, 0, 2, 3]]
+
+
+def test_parts_of_characters_differ_as_their_bytes_do():
+    class Parts:
+        vocab_size = 3
+        token_bytes = (b"\xe9", b" \xb7", "\ufffd".encode())
+
+        def string_of(self, identity):
+            return self.token_bytes[identity].decode(errors="replace")
+
+    texts = texts_of(Parts())
+    assert [is_part(text) for text in texts] == [True, True, False] and texts[2] == "\ufffd"
+    assert Levenshtein.distance(texts[0], texts[1]) == 1 and len(texts[1]) == 1
+
+
 WORDS = ["ab", "", "abc", "abcd", "bcd", "dcba", "aaaaab", "aaab", "hello", "help", "world", "日本語", "日本", "\ufffd"]
 
 
@@ -138,6 +169,7 @@ class Words:
     """As much of a ByteView as a search reads."""
 
     vocab_size = len(WORDS)
+    token_bytes = tuple(b"\xe6" if word == "\ufffd" else word.encode() for word in WORDS)
 
     def string_of(self, identity):
         return " " + WORDS[identity]

@@ -59,6 +59,11 @@ FAULTS = [
     ),
     (
         "experiments/alm",
+        TRAINED | {"losses": ["gold"], "gold_matched_weight": 3.0},
+        ["experiments.alm.gold_matched_weight", "give both"],
+    ),
+    (
+        "experiments/alm",
         TRAINED | {"losses": ["alm_latents"], "latents_to_align": "all_hidden_states", "latents_do_project": True},
         ["experiments.alm.latents_do_project", "change one"],
     ),

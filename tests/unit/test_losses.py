@@ -22,6 +22,7 @@ TABLE = {
     "joschu_k2": [2.28944e-4, 1.99280e-4, 4.58487e-4, 3.27845e-4, 3.79155e-4],
     "joschu_k3": [2.29245e-4, 1.98051e-4, 4.55986e-4, 3.24445e-4, 3.73637e-4],
 }
+REFERENCE = {"binarization_temp": 100.0, "renyi_alpha": 0.5}
 WEIGHTED = {
     ("token_count", "token_count"): 0.232280,
     ("token_count", "chunk_count"): 0.298645,
@@ -81,7 +82,7 @@ def evaluate(options, teacher, student, example):
 def test_table(name):
     teacher, student, example = small_example()
     for mode, expected in zip(MODES, TABLE[name], strict=True):
-        options = {"alm_mode": mode, "alm_diff_fn": name, "merge_threshold": 0.3, "renyi_alpha": 0.5}
+        options = {"alm_mode": mode, "alm_diff_fn": name, "merge_threshold": 0.3} | REFERENCE
         value, _ = evaluate(options, teacher, student, example)
         assert value.item() == pytest.approx(expected, rel=1e-4), mode
 
@@ -89,7 +90,7 @@ def test_table(name):
 def test_weights_and_sft():
     teacher, student, example = small_example()
     for (numerator, denominator), expected in WEIGHTED.items():
-        options = {"alm_mode": "append_space", "merge_threshold": 0.3}
+        options = {"alm_mode": "append_space", "merge_threshold": 0.3} | REFERENCE
         options |= {"distill_main_path_numerator": numerator, "distill_main_path_denominator": denominator}
         assert evaluate(options, teacher, student, example)[0].item() == pytest.approx(expected, rel=1e-4)
     rows = sft.target_rows(student[2], student[3])

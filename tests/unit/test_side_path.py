@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from stages import mined_mapping, tokenizer_bias, tokenizer_stats
 from stages.alignment.chunks import BiasTable
 from stages.core.errors import UserError
 from stages.losses import side_path
 from stages.losses.mapped import Likeliest
 
 from .mapped_toys import GROUPS, SPLIT, TEXTS, forward_kl, junk_in_padding, masked, step, toys, trained
+from .programs import World
 from .toy_pair import Toy, close
 
 OPTIONS = {"name": "alm_side_path", "kind": "unconstrained"}
@@ -138,3 +140,22 @@ def test_trains_cached_and_online(tmp_path, monkeypatch, mode):
     options = OPTIONS | {"side_path_mapping_mode": mode, "tokenizer_pair_bias_threshold_side_path": 1e-4}
     cached, online = trained(tmp_path, monkeypatch, side_path, options)
     assert cached == pytest.approx(online, rel=1e-4) and cached[-1] < cached[0]
+
+
+def test_biases_of_chunk_ends_alone_are_refused(tmp_path):
+    """They say nothing of other pairs, which would all be accepted."""
+    world = World(tmp_path / "results")
+    pair = {"teacher_tokenizer": world.teacher_tokenizer, "tokenizer": world.tokenizer}
+    entry = {"name": "alm_side_path", "module": side_path.__name__, "chunks": "unconstrained", "weight": 1.0}
+    options = {"side_path_mapping_mode": "bias_threshold", "tokenizer_pair_bias_threshold_side_path": 0.1}
+    made = {name: f"made/{name}/manifest.json" for name in ("statistics", "mapping", "chunk_ends", "all")}
+    world.run(tokenizer_stats.main, made["statistics"], {}, **pair, corpus=world.corpus)
+    world.run(mined_mapping.main, made["mapping"], {"max_distance": 0.3}, **pair)
+    inputs = pair | {"corpus": world.corpus, "statistics": made["statistics"]}
+    given = {"signals": world.signals(top_k=64), "mapping": made["mapping"]}
+    for pairs in ("chunk_ends", "all"):
+        world.run(tokenizer_bias.main, made[pairs], {"pairs": pairs}, **inputs)
+    with pytest.raises(UserError, match=r"biases of pairs at chunk ends only.*set tokenizer_bias.pairs to all"):
+        world.distill("refused", [entry], None, options, bias=made["chunk_ends"], **given)
+    world.distill("kept", [entry], None, options, bias=made["all"], **given)
+    assert world.metrics("kept")[0]["alm_side_path"] > 0
