@@ -141,40 +141,80 @@ def test_groups(golden, arrays):
             assert [list(map(int, group[side])) for group in found] == expected[: len(found)]
 
 
-def test_the_right_value_of_a_merged_row(arrays):
+@pytest.fixture(params=[0, 1])
+def merged(request, golden, arrays):
+    """(example, the student's logits, its ids, positions of each group) of the rows that the reference merges."""
+    example = request.param
+    if example >= len(arrays["student_labels"]):
+        pytest.skip(f"the golden file has no example {example}")
+    listed = json.loads(golden_file(golden, "trl_gold_uld.json").read_text(encoding="utf-8"))
+    start = positions(arrays["student_labels"][example], 0)[0]
+    groups = [
+        [int(p + start) for p in group] for group in listed["alignment_groups_per_example"][example]["student_groups"]
+    ]
+    return example, torch.tensor(arrays["student_logits"][example]), arrays["student_input_ids"][example], groups
+
+
+def merged_by_the_product(rows, tokens, chunks):
+    """Probabilities [groups, V] of the merged rows, as `gold` prepares them of a teacher."""
+    vocab = rows.shape[1]
+    number = int(chunks.max()) + 1
+    same = merge_chunks(chunks, chunks, np.zeros(number, int))
+    prepared = gold.prepare_chunks(same, signals_of(rows, tokens, vocab), tokens, np.arange(vocab), vocab, {})
+    ids = torch.as_tensor(prepared.query.candidates[prepared.arrays["last"], 1:])
+    found = torch.as_tensor(prepared.arrays["logprob"] + prepared.arrays["before"][:, None]).exp()
+    return torch.zeros(number, vocab).scatter(1, ids, found)
+
+
+def test_the_right_value_of_a_merged_row(merged):
     """At the token that follows, a merged row is the probability of its chunk: the chain rule, and only "bayesian".
 
     Derivation: P(t1..tn | before) = prod P(t_i | before, t1..t_(i-1)), and the row before t_i is the one that predicts
     it. TRL's default reads the row of t_i itself and gives another number for every chunk.
     """
-    logits, ids = torch.tensor(arrays["student_logits"][0]), arrays["student_input_ids"][0]
-    groups = [[3, 4], [5, 6], [7, 8, 9]]
+    _, logits, ids, groups = merged
     logprob = torch.log_softmax(logits, -1)
     for strategy, row in (("bayesian", -1), ("observed", 0)):
         rows, tokens, chunks = laid_out(logits, ids, groups, strategy)
         sequence = torch.log_softmax(rows, -1)
         for number, group in enumerate(groups):
             places = np.flatnonzero(chunks == number) - 1
-            merged = sum(sequence[p, tokens[p + 1]] for p in places)
+            chained = sum(sequence[p, tokens[p + 1]] for p in places)
             right = sum(logprob[p - 1, ids[p]] for p in group)
             shifted = sum(logprob[p, ids[p]] for p in group)
-            torch.testing.assert_close(merged, right if row else shifted)
+            torch.testing.assert_close(chained, right if row else shifted)
             assert abs(right - shifted) > 1e-2
 
 
-def test_merged_rows(arrays):
+def test_merged_rows(merged, arrays):
     """The rows that the reference merges are ours, unnormalised: they add up to the probability of the beginning.
 
     The file has both strategies on the same rows, those of the tokens themselves.
     """
-    logits, ids = torch.tensor(arrays["student_logits"][0]), arrays["student_input_ids"][0]
-    groups = [[3, 4], [5, 6], [7, 8, 9]]
+    example, logits, ids, groups = merged
+    logprob = torch.log_softmax(logits, -1)
     for strategy in ("bayesian", "observed"):
-        rows, tokens, chunks = laid_out(logits, ids, groups, strategy, shift=0)
-        logprob = torch.log_softmax(rows, -1)
-        for number in range(len(groups)):
-            places = np.flatnonzero(chunks == number) - 1
-            before = sum((logprob[p, tokens[p + 1]] for p in places[:-1]), torch.zeros(()))
-            merged = (logprob[places[-1]] + before).exp()
-            np.testing.assert_allclose(merged, arrays[f"merged_student_probs_0_{strategy}"][number], **VALUES)
-            torch.testing.assert_close(merged.sum(), before.exp())
+        found = merged_by_the_product(*laid_out(logits, ids, groups, strategy, shift=0))
+        np.testing.assert_allclose(found, arrays[f"merged_student_probs_{example}_{strategy}"], **VALUES)
+        for row, group in zip(found, groups, strict=True):
+            others = group[:-1] if strategy == "bayesian" else group[1:]
+            before = sum((logprob[p, ids[p]] for p in others), torch.zeros(()))
+            torch.testing.assert_close(row.sum(), before.exp())
+
+
+def test_the_right_merged_rows(merged, arrays):
+    """Ours: the row that predicts a chunk's last token, times the probability of its tokens before that one.
+
+    All of them one row earlier than in the file, where the strategies are off by one and so no row of either is right.
+    """
+    example, logits, ids, groups = merged
+    probability = torch.softmax(logits.double(), -1)
+    found = merged_by_the_product(*laid_out(logits, ids, groups, "bayesian"))
+    for number, group in enumerate(groups):
+        right = probability[group[-1] - 1].clone()
+        for p in group[:-1]:
+            right *= probability[p - 1, ids[p]]
+        np.testing.assert_allclose(found[number], right, **VALUES)
+        for strategy in ("bayesian", "observed"):
+            file = arrays[f"merged_student_probs_{example}_{strategy}"][number]
+            assert not np.allclose(right, file, **VALUES), (number, strategy)

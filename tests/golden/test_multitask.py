@@ -5,7 +5,7 @@ itself instead of all parameters together, measures conflicts on the gradient as
 takes the other losses in a fixed order. The first two are defects: two losses that agree as a whole are projected
 wherever one tensor of them disagrees, and what one projection has taken away already is taken away again. Ours is the
 paper's, whose order is random for each loss. `projected(..., stale=True)` repeats the second defect on one tensor at a
-time and gives the golden numbers; `stale=False` is the paper's rule.
+time and gives the golden numbers; `stale=False` is the paper's rule. What the optimizer gets is the sum over losses.
 """
 
 import json
@@ -105,6 +105,36 @@ def test_pcgrad(arrays, variant):
     np.testing.assert_allclose(ours("pcgrad+gradmag", whole), composed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["random", "conflict", "zero"])
+def test_sums_after_pcgrad(arrays, variant):
+    """tokenkit's sums are those of its projections of each tensor; ours those of Algorithm 1 over all parameters."""
+    leaves = [torch.tensor(arrays[f"grads_{variant}_{leaf}"].reshape(3, -1)) for leaf in LEAVES]
+    whole = torch.cat(leaves, 1)
+    theirs = torch.tensor(np.concatenate([projected(rows, stale=True) for rows in leaves], 1))
+    right = torch.tensor(projected(whole, stale=False))
+    for name, text in (("pcgrad", "none"), ("pcgrad_then_gradmag", "gradmag")):
+        expected = np.concatenate([arrays[f"sum_{variant}_{name}_{leaf}"].ravel() for leaf in LEAVES])
+        np.testing.assert_allclose(ours(text, theirs).sum(0), expected, rtol=1e-4, atol=1e-5)
+        aggregation = parse("pcgrad" if text == "none" else "pcgrad+gradmag")
+        found = factors(aggregation, dot_products(whole), np.ones(3), IN_TURN) @ whole.double().numpy()
+        np.testing.assert_allclose(found, ours(text, right).sum(0), rtol=1e-4, atol=1e-5)
+        if all((rows @ rows.T >= 0).all() for rows in [whole, *leaves]):  # nothing in conflict: both are one
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["random", "conflict", "zero"])
+def test_nothing_is_left_against_the_loss_taken_last(arrays, variant):
+    """By definition a projected gradient is never against the loss taken last.
+
+    Task 0 of our own file's `random` is against both others. tokenkit takes both parts away in every tensor where they
+    are, and so leaves it with g0.g2 = 26.65, as if it had agreed with task 2; the right projection leaves 0.
+    """
+    rows = together(arrays, f"grads_{variant}").double().numpy()
+    found = ours("pcgrad", torch.tensor(rows))
+    for task, last in ((0, 2), (1, 2), (2, 1)):
+        assert found[task] @ rows[last] > -1e-6
+
+
 def model_losses(arrays, case):
     """The two-layer model of multitask.json: its parameters by name, and its three losses."""
     at = {name: torch.tensor(arrays[f"model_{name}"]) for name in ("w1", "b1", "w2", "b2", "x", "y", "class")}
@@ -118,6 +148,25 @@ def model_losses(arrays, case):
     ]
     np.testing.assert_allclose([loss.item() for loss in losses], arrays["model_losses"], **CLOSE)
     return weights, losses, [weights[name] for name in case["model_case"]["last_layer"]]
+
+
+def test_gradients_of_each_loss(arrays, case):
+    weights, losses, _ = model_losses(arrays, case)
+    for leaf, weight in weights.items():
+        expected = arrays[f"model_per_loss_grad_{leaf}"].reshape(3, -1)
+        np.testing.assert_allclose(flat_gradients(losses, [weight]), expected, rtol=1e-3, atol=1e-6, err_msg=leaf)
+    together = np.concatenate([arrays[f"model_per_loss_grad_{leaf}"].reshape(3, -1) for leaf in weights], 1)
+    np.testing.assert_allclose(flat_gradients(losses, list(weights.values())), together, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["random", "conflict"])
+def test_factors_are_inverse_norms(arrays, variant):
+    rows = together(arrays, f"grads_{variant}")
+    found = factors(parse("approx_gradmag"), dot_products(rows), np.ones(3), IN_TURN)
+    np.testing.assert_allclose(found, arrays[f"inv_norms_{variant}"], **CLOSE)
+    scaled = factors(parse("approx_gradmag_preserve_mag"), dot_products(rows), np.ones(3), IN_TURN)
+    expected = arrays[f"inv_norms_{variant}"]
+    np.testing.assert_allclose(scaled, expected / expected.sum(), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["approx_gradmag", "approx_gradmag_preserve_mag"])

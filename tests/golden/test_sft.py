@@ -1,4 +1,7 @@
-"""SFT against tokenkit's `compute_sft_loss`: values and gradients of tokenkit_sft_uld.json."""
+"""SFT against tokenkit's `compute_sft_loss`, values and gradients of tokenkit_sft_uld.json, and DSKD's cross entropy.
+
+DSKD's figure with label smoothing has no counterpart: ours has no such setting.
+"""
 
 import json
 
@@ -30,3 +33,17 @@ def test_sft(golden):
         value.backward()
         number = case["id"].split("_")[1]
         np.testing.assert_allclose(logits.grad.numpy(), z[f"sft_grad_{number}"], rtol=1e-3, atol=1e-6)
+
+
+def test_dskd(golden):
+    """DSKD's labels are those of the row they stand at: one more token in front makes them tokens of ours."""
+    z = np.load(golden_file(golden, "dskd_uld.npz"))
+    labels = z["student_target"]
+    trained = np.pad(labels != -100, ((0, 0), (1, 0)))
+    rows = torch.tensor(sft.target_rows(trained.reshape(-1), np.arange(len(labels) + 1) * trained.shape[1]))
+    logprob = torch.log_softmax(torch.tensor(z["student_logits"]), -1)
+    observed = logprob.gather(-1, torch.tensor(labels).clamp(min=0)[..., None])[..., 0]
+    observed = torch.nn.functional.pad(observed, (0, 1), value=torch.nan).flatten()  # no token after the last
+    total, _ = sft.loss({"observed_logprob": observed}, {"rows": rows}, {})
+    assert len(rows) == (labels != -100).sum()
+    np.testing.assert_allclose(total.item(), z["cross_entropy_sum"], rtol=1e-4, atol=1e-6)

@@ -12,9 +12,10 @@ from rapidfuzz.distance import Levenshtein
 from stages.core.errors import UserError
 from stages.losses import cdm
 from stages.losses.contextual import link, nearest_in_context
-from stages.losses.mapped import Likeliest
+from stages.losses.mapped import Likeliest, ends_before_targets
 from stages.losses.token_alignment import is_part, segments, texts_of, warp
 
+from . import dense
 from .mapped_toys import GROUPS, SPLIT, TEXTS, forward_kl, junk_in_padding, masked, step, toys, trained
 from .toy_pair import Toy, close
 
@@ -135,6 +136,30 @@ def test_links_are_the_events(two, seed, mapping):
             if len(left):
                 found.add((frozenset(left.tolist()), frozenset(right.tolist())))
         assert found == slow_links(pair, teacher[row], student[row], to_student, to_teacher)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_is_forward_kl_of_the_events(two, mapping, temperature):
+    """Row by row from all logits, in float64."""
+    toy, options = two[1], options_of("chunks", cdm_mapping=mapping, temperature=temperature)
+    examples = dense.toy_examples(toy, range(len(TEXTS)), 100)
+    *chunks, example = examples.chunks("unconstrained", scored=False)
+    *rows, usable = ends_before_targets(examples, *chunks, len(example))
+    student = toy.sides.student.head.logits(toy.hidden.detach()[:, -1])
+    sides = [
+        torch.softmax(logits.double() / temperature, -1)[torch.as_tensor(at[usable])]
+        for logits, at in zip((dense.teacher_logits(toy, examples), student), rows, strict=True)
+    ]
+    maps = [cdm.base_map(side, {"cdm_mapping": mapping}) for side in (toy.pair.to_student, toy.pair.to_teacher)]
+    total = 0.0
+    for p, q in zip(*sides, strict=True):
+        events = slow_links(toy.pair, p.topk(100).indices.numpy(), q.topk(100).indices.numpy(), *maps)
+        masses = [(float(p[list(left)].sum()), float(q[list(right)].sum())) for left, right in events]
+        rests = [max(1 - sum(mass[side] for mass in masses), 1e-7) for side in (0, 1)]
+        total += sum(a * np.log(a / b) for a, b in [*masses, rests])
+    value = step(cdm, toy, options, k=100)[0]
+    assert value == pytest.approx(total / usable.sum(), rel=1e-3)
 
 
 def test_the_base_map_goes_both_ways(two):

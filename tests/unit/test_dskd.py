@@ -201,6 +201,81 @@ def test_eta_of_twins_is_forward_kl(views):
     np.testing.assert_allclose(gradients["head"], alone["head"], rtol=1e-3, atol=1e-6)
 
 
+def common_rows(toy, views):
+    """Rows (student's, teacher's) before each trained token that both sides have at the same bytes of a text."""
+    found = []
+    for example in EVERY:
+        sides = []
+        for known, batch in ((views[1], toy.student), (views[0], toy.teacher)):
+            at, rows = 0, {}
+            for place in range(batch.offsets[example], batch.offsets[example + 1]):
+                identity = batch.ids[place]
+                content = known.token_bytes[identity]
+                if place > batch.offsets[example] and batch.loss[place]:
+                    rows[at, known.role_of[identity] if content is None else content] = place - 1
+                at += len(content or b"")
+            sides.append(rows)
+        found += [(sides[0][key], sides[1][key]) for key in sides[0] if key in sides[1]]
+    return np.array(found).T
+
+
+def eta_terms(toy, views, t2s, hidden, weight, options):
+    """The three terms by their formulas, all logits at once in float64; how many rows agree, and how many there are.
+
+    `t2s` [d_s, d_t], `hidden` [tokens, d_s] and `weight` [V_s, d_s] may ask for gradients.
+    """
+    rows, teacher_rows = common_rows(toy, views)
+    teacher_weight = toy.sides.teacher.head.weight.double()
+    states = teacher_states(toy)[teacher_rows]
+    teacher = states @ teacher_weight.T
+    label = torch.tensor(toy.pair.to_student.exact)[teacher.argmax(1)]
+    known = label >= 0
+    rows, states, teacher, label = rows[known.numpy()], states[known], teacher[known], label[known]
+    exact = toy.pair.to_teacher.exact
+    shared = np.flatnonzero(exact >= 0)
+    back = weight.detach()[shared].T @ torch.linalg.pinv(teacher_weight[exact[shared]]).T
+    projected = states @ t2s.T @ weight.detach().T
+    agree = projected.argmax(1) == label
+    own = hidden[rows]
+    terms = {
+        "t2s_ce": torch.nn.functional.cross_entropy(projected, label, reduction="sum"),
+        "t2s_kd": dense((own @ weight.T)[agree], projected.detach()[agree], options).sum(),
+        "s2t_kd": dense(own @ back @ teacher_weight.T, teacher, options).sum(),
+    }
+    return terms, int(agree.sum()), len(rows)
+
+
+@pytest.mark.parametrize("name", ["kl", "rkl", "srkl", "js", "tvd"])
+def test_eta_is_its_formulas_on_two_tokenizers(views, name):
+    """Shared tokens of the teacher are near those of the student in another basis, so that some rows agree."""
+    toy, options = Toy(*views, TEXTS), {"divergence": name, "kd_temp": 1.5}
+    own, other = (side.head for side in toy.sides)
+    exact = toy.pair.to_teacher.exact
+    shared, source = np.flatnonzero(exact >= 0), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        turned = own.weight[shared] @ torch.randn(5, 6, generator=source)
+        other.weight[exact[shared]] = turned + 0.3 * torch.randn(turned.shape, generator=source)
+    maps = toy.projectors(dskd_eta, options)
+    start = other.weight[exact[shared]].double().T @ torch.linalg.pinv(own.weight[shared].detach().double()).T
+    np.testing.assert_allclose(maps.t2s.weight.detach(), start.T, rtol=1e-3, atol=1e-4)
+    value, parts, gradients = toy.evaluate(dskd_eta, options, [EVERY], maps)
+    leaves = {
+        "t2s.weight": maps.t2s.weight.detach().double(),
+        "hidden": toy.hidden.detach().double(),
+        "head": own.weight.detach().double(),
+    }
+    t2s, hidden, weight = (leaf.requires_grad_() for leaf in leaves.values())
+    terms, agree, count = eta_terms(toy, views, t2s, hidden[:, -1], weight, options)
+    assert 0 < agree < count
+    assert parts["t2s_agreement"] == pytest.approx(agree / count, rel=1e-6)
+    for key, term in terms.items():
+        assert parts[key] == pytest.approx(term.item() / count, rel=1e-4), key
+    total = sum(terms.values()) / count
+    assert value == pytest.approx(total.item(), rel=1e-4)
+    for key, slope in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):
+        np.testing.assert_allclose(gradients[key], slope, rtol=1e-3, atol=1e-6, err_msg=key)
+
+
 def test_eta_aligns_equal_tokens_and_labels_by_bytes(views):
     toy = Toy(*views, TEXTS)
     examples = toy.examples(EVERY)

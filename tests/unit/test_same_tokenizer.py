@@ -10,9 +10,12 @@ from stages import teacher_head, teacher_index, teacher_signals
 from stages.core.errors import UserError
 from stages.losses import same_tokenizer
 from stages.losses.divergences import DIVERGENCES, divergence, with_rest
-from stages.signals.schema import NO_NEEDS
+from stages.losses.sft import target_rows
+from stages.signals.schema import NO_NEEDS, to_float32
 
+from . import dense, tiny
 from .test_distill import LOSS, MODEL, World
+from .toy_pair import Toy, view
 
 DIVERGENT = sorted(set(DIVERGENCES) - {"kl"})
 
@@ -69,6 +72,49 @@ def test_tokens_of_no_mass_are_not_there(name):
     value = divergence(name, torch.cat([p, none], -1), wide, {})
     torch.testing.assert_close(value, divergence(name, p, q, {}))
     assert torch.isfinite(torch.autograd.grad(value.sum(), wide)[0]).all()
+
+
+def test_adaptive_kl_by_hand():
+    """The tail is filled from the teacher's least likely tokens; filling the head from the likeliest gives another.
+
+    p = .4 .3 .2 .1, alpha .5: from below .1, .3, (.6), so the tail is {.2, .1} and the head {.4, .3}. |p - q| is .3 .2
+    0 .1, so the tail's share is 1/6. From above .4, (.7): the head would be {.4} alone, the share 1/2, AKL .29368.
+    """
+    p, q = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.5, 0.2, 0.2]], dtype=torch.float64)
+    forward = 0.4 * np.log(4) + 0.3 * np.log(0.6) + 0.1 * np.log(0.5)
+    reverse = 0.1 * np.log(0.25) + 0.5 * np.log(5 / 3) + 0.2 * np.log(2)
+    value = divergence("akl", p.log(), q.log(), {"adaptive_kl_alpha": 0.5}).item()
+    assert value == pytest.approx(5 / 6 * forward + 1 / 6 * reverse, rel=1e-12) == pytest.approx(0.31919825, rel=1e-7)
+    assert abs(value - (forward + reverse) / 2) > 0.02
+    order = torch.tensor([2, 0, 3, 1])
+    assert divergence("akl", p[order].log(), q[order].log(), {}).item() == pytest.approx(value, rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    one = view(tmp_path_factory.mktemp("toy"), 300)
+    return Toy(one, one, [tiny.text(3, 12), tiny.text(5, 4)])
+
+
+@pytest.mark.parametrize("distribution", ["top_k", "exact"])
+@pytest.mark.parametrize("temperature", [2.0, 4.0])
+def test_t_squared_multiplies_by_the_square(toy, temperature, distribution):
+    """Exactly: these squares are powers of 2. The loss without is the tempered KL of all logits in float64."""
+    options = {"name": "fkl", "temperature": temperature, "teacher_distribution": distribution}
+    groups, runs = [range(2)], []
+    for squared in (False, True):
+        value, _, slopes = dense.step(same_tokenizer, toy, options | {"t_squared": squared}, groups)
+        runs.append((value, {name: slope.clone() for name, slope in slopes.items()}))
+    (plain, slopes), (scaled, scaled_slopes) = runs
+    assert scaled == temperature**2 * plain
+    for name, slope in slopes.items():
+        assert torch.equal(scaled_slopes[name], temperature**2 * slope) and slope.any(), name
+    rows = target_rows(toy.student.loss, toy.student.offsets)
+    teacher, own = (side.head.weight.detach().double() for side in (toy.sides.teacher, toy.sides.student))
+    z_p = torch.tensor(to_float32(toy.bits)).double()[rows] @ teacher.T
+    z_q = toy.hidden.detach().double()[rows, -1] @ own.T
+    log_p, log_q = (torch.log_softmax(z / temperature, -1) for z in (z_p, z_q))
+    assert plain == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), rel=1e-4)
 
 
 NEEDS = NO_NEEDS | {"top_k": 300, "temperatures": [2.0], "samples": 400, "hidden": True}
@@ -147,8 +193,6 @@ def test_a_split_batch_gives_the_same_step(world):
 def test_padding_columns_change_nothing(world):
     """A teacher with 20 more columns of junk (Qwen2.5-7B against 1.5B) is the same teacher."""
     from safetensors.torch import load_file, save_file
-
-    from . import tiny
 
     world.model("wide", 320, 9)
     folder = world.root.parent / "weights-wide"
