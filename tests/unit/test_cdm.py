@@ -146,9 +146,9 @@ def test_the_loss_is_forward_kl_of_the_events(two, mapping, temperature):
     examples = dense.toy_examples(toy, range(len(TEXTS)), 100)
     *chunks, example = examples.chunks("unconstrained", scored=False)
     *rows, usable = ends_before_targets(examples, *chunks, len(example))
-    student = toy.sides.student.head.logits(toy.hidden.detach()[:, -1])
+    student = toy.sides.student.head.logits(toy.hidden[:, -1]).detach()
     sides = [
-        torch.softmax(logits.double() / temperature, -1)[torch.as_tensor(at[usable])]
+        torch.softmax(logits.detach().double() / temperature, -1)[torch.as_tensor(at[usable])]
         for logits, at in zip((dense.teacher_logits(toy, examples), student), rows, strict=True)
     ]
     maps = [cdm.base_map(side, {"cdm_mapping": mapping}) for side in (toy.pair.to_student, toy.pair.to_teacher)]
@@ -159,7 +159,7 @@ def test_the_loss_is_forward_kl_of_the_events(two, mapping, temperature):
         rests = [max(1 - sum(mass[side] for mass in masses), 1e-7) for side in (0, 1)]
         total += sum(a * np.log(a / b) for a, b in [*masses, rests])
     value = step(cdm, toy, options, k=100)[0]
-    assert value == pytest.approx(total / usable.sum(), rel=1e-3)
+    assert value == pytest.approx(total / usable.sum(), rel=1e-4)
 
 
 def test_the_base_map_goes_both_ways(two):
