@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 STATISTICS = ("observed_logprob", "boundary_logprob", "eos_logprob")
 BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
 FEWEST_ROWS = 128  # with fewer, a product takes up to twice as long per row
-PIECE_ELEMENTS = {"cpu": 2**19}  # what a CPU's cache holds of logits while they are worked on elementwise
+# Logits that are worked on elementwise at once: what a CPU's cache holds, what a GPU's memory has room for ten times.
+PIECE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 SMALL_MASS = 1e-25  # below it, log boundary mass is computed on the boundary columns alone
 
 
@@ -123,7 +124,7 @@ def normalise_block(
 
 
 def pieces(logits: torch.Tensor) -> list[slice]:
-    """Return slices of the rows of logits [n, vocab] that fit a CPU's cache; one slice on other devices."""
+    """Return slices of the rows of logits [n, vocab] of PIECE_ELEMENTS each."""
     elements = PIECE_ELEMENTS.get(logits.device.type)
     step = max(1, elements // logits.shape[1]) if elements else max(1, len(logits))
     return [slice(start, min(start + step, len(logits))) for start in range(0, len(logits), step)]
