@@ -30,10 +30,13 @@ FLOOR = np.log(1e-8).astype(np.float32)
 
 
 def pytest_generate_tests(metafunc):
+    path = golden_folder(metafunc.config) / "trl_gold_uld.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "case" in metafunc.fixturenames:
-        path = golden_folder(metafunc.config) / "trl_gold_uld.json"
-        cases = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else []
+        cases = found.get("cases", [])
         metafunc.parametrize("case", cases, ids=[case["id"] for case in cases])
+    if "merged" in metafunc.fixturenames:
+        metafunc.parametrize("merged", range(len(found.get("alignment_groups_per_example", []))), indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +144,10 @@ def test_groups(golden, arrays):
             assert [list(map(int, group[side])) for group in found] == expected[: len(found)]
 
 
-@pytest.fixture(params=[0, 1])
+@pytest.fixture
 def merged(request, golden, arrays):
     """(example, the student's logits, its ids, positions of each group) of the rows that the reference merges."""
     example = request.param
-    if example >= len(arrays["student_labels"]):
-        pytest.skip(f"the golden file has no example {example}")
     listed = json.loads(golden_file(golden, "trl_gold_uld.json").read_text(encoding="utf-8"))
     start = positions(arrays["student_labels"][example], 0)[0]
     groups = [
