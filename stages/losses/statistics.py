@@ -1,8 +1,8 @@
 """Losses of a few numbers per row, each made of all of the row's logits, where one term reads several rows.
 
-`Head.dense` sums over rows, so a term of several rows (a chunk's mean, a transport plan) does not fit it. Here the
-numbers are made first, without a gradient; their share of the loss is then known, and a second pass brings it to the
-logits. Neither pass holds the logits of more than one block.
+`Head.dense` sums over rows, so a term of several rows (a divergence from the mean of a chunk's rows) does not fit it.
+Here the numbers are made first, without a gradient; their share of the loss is then known, and a second pass brings it
+to the logits. Neither pass holds the logits of more than one block.
 """
 
 from collections.abc import Callable
