@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     import torch
 
     from stages.alignment.pair import Pair
-    from stages.losses import Needs
-    from stages.training.models import Sides
-    from stages.training.trainer import Loss
+    from stages.losses import Loss, Needs
+    from stages.vocabulary.head import Sides
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,10 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     from stages.training import inputs
     from stages.training import job as training
     from stages.training.data import Collator
-    from stages.training.models import Side, Sides
     from stages.training.modes import settings_of
     from stages.training.online import online_teacher
     from stages.training.trainer import Run, prepare_losses
+    from stages.vocabulary.head import Side, Sides
 
     settings = settings_of(job.spec["train"])
     index = inputs.check_signals(job, needs) if needs.teacher and job.spec["teacher"] == "cached" else None
@@ -65,8 +64,8 @@ def import_losses(spec: dict[str, Any]) -> "list[Loss]":
     """Import the loss modules that the settings name and let them check their settings."""
     from importlib import import_module
 
+    from stages.losses import Loss
     from stages.training.aggregation import check_schedule
-    from stages.training.trainer import Loss
 
     losses = []
     for entry in spec["losses"]:

@@ -68,9 +68,9 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     from stages.evaluation import bits_per_byte as formulas
     from stages.evaluation.scoring import token_bits
     from stages.models.loading import check_length
+    from stages.models.output import find_head
     from stages.tokenization import ByteView
     from stages.tokenization.batches import refuse_inexact
-    from stages.training.models import find_head
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     examples = read_table(job.data("corpus", "heldout.parquet"), EXAMPLES).slice(0, job.spec["suite"].get("limit"))

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-    from stages.embeddings.fvt import Plan, Vocabulary
+    from stages.embeddings.fvt import Plan
     from stages.tokenization import ByteView
+    from stages.tokenization.spelling import Vocabulary
 
 METHODS = ("fvt", "random", "mean")
 MODES = ("preserve", "untie")
@@ -65,7 +66,7 @@ def vocabulary(view: "ByteView") -> "Vocabulary":
     """Return what FVT reads of a ByteView."""
     import json
 
-    from stages.embeddings.fvt import Vocabulary
+    from stages.tokenization.spelling import Vocabulary
 
     added = json.loads((view.folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     duplicates = [i for i, content in enumerate(view.token_bytes) if content and view.id_of_bytes[content] != i]

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Make a random model of the given architecture, train it by next-token prediction, publish it."""
     job = stage.parse("stages.pretrain", __doc__, argv)
-    from stages.losses import sft
+    from stages.losses import Loss, sft
+    from stages.models.output import find_head
     from stages.tokenization import ByteView
     from stages.training import job as training
     from stages.training.data import Collator
-    from stages.training.models import Side, Sides, find_head
     from stages.training.modes import prepare_mode, settings_of
-    from stages.training.trainer import Loss, Run, prepare_losses
+    from stages.training.trainer import Run, prepare_losses
+    from stages.vocabulary.head import Side, Sides
 
     settings = settings_of({"train_model_mode": "full"} | job.spec["train"])
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)

@@ -9,9 +9,10 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from stages.models.loading import load_model, teacher_dtype
+    from stages.models.output import find_head
     from stages.signals.matrices import FILE, save_side
     from stages.tokenization import ByteView
-    from stages.training.models import Side, find_head
+    from stages.vocabulary.head import Side
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stages.signals.compute import Wanted
     from stages.tokenization import ByteView
     from stages.tokenization.encoding import EncodedBatch
-    from stages.training.models import Head
+    from stages.vocabulary.head import Head
 
 WINDOW = 1024  # examples that are sorted by length together, and one row group of the output
 
@@ -31,11 +31,12 @@ def main(argv: list[str] | None = None) -> None:
     from stages.artifacts.schemas import EXAMPLES
     from stages.artifacts.tables import read_table
     from stages.core.seeds import seed_of
+    from stages.models.body import body_of
     from stages.models.loading import check_length, load_model, teacher_dtype
+    from stages.models.output import find_head
     from stages.signals.compute import wanted_signals
     from stages.tokenization import ByteView
     from stages.tokenization.batches import refuse_inexact
-    from stages.training.models import body_of, find_head
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)
@@ -88,9 +89,9 @@ class Shard:
         import numpy as np
         import torch
 
+        from stages.models.body import hidden_states
         from stages.signals.compute import padded_rows
         from stages.signals.error import ROWS, signal_errors
-        from stages.training.models import hidden_states
 
         filled = np.flatnonzero(np.diff(batch.offsets))
         first = filled[: 1 + int(np.searchsorted(batch.offsets[1:][filled], ROWS))]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stages.alignment.mapping import Match
-from stages.embeddings.fvt import Vocabulary, decompose
+from stages.tokenization.spelling import Vocabulary, decompose
 from stages.tokenization.view import ByteView
 
 ENTRIES = 4  # kept for each student token, as X-Token does at run time

@@ -5,8 +5,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from stages.models.body import body_of
 from stages.tokenization.batches import length_batches
-from stages.training.models import Head, body_of
+from stages.vocabulary.head import Head
 
 
 def token_bits(
@@ -15,7 +16,7 @@ def token_bits(
     """Return -log2 p(token | the tokens before it in its sequence), float64 [N], 0 for tokens not scored.
 
     Sequence b is `ids[offsets[b]:offsets[b + 1]]`; `scored` bool [N] never includes a sequence's first token.
-    `head` is the model's (`stages.training.models.find_head`), which cuts padding columns off. Sequences run in
+    `head` is the model's (`stages.models.output.find_head`), which cuts padding columns off. Sequences run in
     batches of similar length, padded on the right to at most `batch_tokens` tokens.
     """
     bits = np.zeros(len(ids))

@@ -26,6 +26,7 @@ A loss with weights of its own has a fifth:
 """
 
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -78,3 +79,14 @@ class Prepared:
     arrays: dict[str, Any] = field(default_factory=dict)
     query: Query | None = None
     totals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of the run: the module of stages/losses, its settings, its weight and that one's schedule."""
+
+    name: str
+    module: ModuleType
+    options: dict[str, Any]
+    weight: float
+    schedule: str = "constant"

@@ -17,7 +17,7 @@ from stages.losses import Needs, Prepared
 from stages.losses.chunks import Chunks, merge_chunks, segment_sums
 
 if TYPE_CHECKING:
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 EPSILON = 1e-6
 K3_LIMIT = 40.0  # joschu_k3 grows linearly beyond this log-ratio: exp() of more overflows float32 in the gradient norm

@@ -43,7 +43,7 @@ from stages.losses.token_alignment import aligned_tokens, segments, token_costs,
 
 if TYPE_CHECKING:
     from stages.alignment.pair import Matches, Pair
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 DEFAULTS: dict[str, Any] = {
     "cdm_alignment": "dtw", "cdm_mapping": "exact", "temperature": 1.0, "t_squared": False,

@@ -30,9 +30,9 @@ from stages.losses.sft import example_of, target_rows
 from stages.signals.schema import to_float32
 
 if TYPE_CHECKING:
+    from stages.losses.examples import Examples
     from stages.tokenization.encoding import EncodedBatch
-    from stages.training.data import Examples
-    from stages.training.models import Side, Sides
+    from stages.vocabulary.head import Side, Sides
 
 DEFAULTS = dual_space.DEFAULTS | {"teacher_temperature": 1.0}
 

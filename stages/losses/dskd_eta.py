@@ -27,8 +27,8 @@ from stages.signals.schema import to_float32
 
 if TYPE_CHECKING:
     from stages.alignment.pair import Pair
-    from stages.training.data import Examples
-    from stages.training.models import Head, Sides
+    from stages.losses.examples import Examples
+    from stages.vocabulary.head import Head, Sides
 
 BLOCK = 4096  # tokens of a vocabulary that are in float64 at a time
 

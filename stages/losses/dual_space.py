@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from stages.losses.divergences import divergence
-from stages.training.dense import dense_loss
+from stages.vocabulary.dense import dense_loss
 
 if TYPE_CHECKING:
-    from stages.training.models import Head
+    from stages.vocabulary.head import Head
 
 DEFAULTS: dict[str, Any] = {"divergence": "srkl", "kd_temp": 2.0}
 

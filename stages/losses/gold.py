@@ -30,7 +30,7 @@ from stages.losses.uld import rest_of, sorted_l1
 from stages.signals.schema import normaliser_column
 
 if TYPE_CHECKING:
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 DEFAULTS: dict[str, Any] = {
     "temperature": 1.0,

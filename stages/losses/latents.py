@@ -22,8 +22,8 @@ from stages.losses.projectors import linear
 from stages.signals.schema import to_float32
 
 if TYPE_CHECKING:
-    from stages.training.data import Examples
-    from stages.training.models import Sides
+    from stages.losses.examples import Examples
+    from stages.vocabulary.head import Sides
 
 EPSILON = 1e-8
 DEFAULTS: dict[str, Any] = {

@@ -17,7 +17,7 @@ from stages.losses.divergences import SMALLEST_REST, divergence, with_rest
 from stages.signals.schema import normaliser_column
 
 if TYPE_CHECKING:
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 LOG_SMALLEST = math.log(SMALLEST_REST)
 

@@ -35,7 +35,7 @@ from stages.losses.sft import target_rows
 from stages.losses.token_alignment import aligned_tokens, segments, token_costs, warp
 
 if TYPE_CHECKING:
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 DEFAULTS: dict[str, Any] = {"divergence": "kl", "kd_temp": 2.0}
 

@@ -32,12 +32,12 @@ from stages.losses import Needs, Prepared
 from stages.losses.sft import example_of, target_rows
 from stages.losses.uld import position_pairs
 from stages.signals.schema import to_float32
-from stages.training.standardised import moments_and_columns, standardised_logprob
+from stages.vocabulary.standardised import moments_and_columns, standardised_logprob
 
 if TYPE_CHECKING:
+    from stages.losses.examples import Examples
     from stages.tokenization.encoding import EncodedBatch
-    from stages.training.data import Examples
-    from stages.training.models import Head
+    from stages.vocabulary.head import Head
 
 COLUMNS = 50
 LOGARITHMIC_WEIGHT, SEQUENCE_WEIGHT = 0.1, 0.1 * 0.001

@@ -23,7 +23,7 @@ from stages.losses.sft import example_of, target_rows
 from stages.signals.schema import to_float32
 
 if TYPE_CHECKING:
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 DEFAULTS: dict[str, Any] = {"temperature": 1.0, "t_squared": False, "teacher_distribution": "top_k"}
 

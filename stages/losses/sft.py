@@ -8,7 +8,7 @@ import torch
 from stages.losses import Needs, Prepared
 
 if TYPE_CHECKING:
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 
 def check(options: dict[str, Any]) -> None:

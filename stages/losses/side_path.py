@@ -34,7 +34,7 @@ from stages.losses.mapped import (
 
 if TYPE_CHECKING:
     from stages.alignment.pair import Pair
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 DEFAULTS: dict[str, Any] = {"side_path_mapping_mode": "exact_match", "side_path_distance_fn": "kl"}
 MODES = ("exact_match", "bias_threshold", "mined")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from stages.training.models import Head
+    from stages.vocabulary.head import Head
 
 Constants = dict[str, torch.Tensor]
 Statistics = Callable[[torch.Tensor, Constants], torch.Tensor]

@@ -20,8 +20,8 @@ from stages.losses import Needs, Prepared, Query
 from stages.losses.sft import example_of, target_rows
 
 if TYPE_CHECKING:
+    from stages.losses.examples import Examples
     from stages.tokenization.encoding import EncodedBatch
-    from stages.training.data import Examples
 
 DEFAULTS = {"uld_alignment": "position"}
 ALIGNMENTS = ("position", "chunk")

@@ -35,7 +35,7 @@ from stages.losses.statistics import loss_of_statistics
 
 if TYPE_CHECKING:
     from stages.alignment.pair import Projection
-    from stages.training.data import Examples
+    from stages.losses.examples import Examples
 
 DEFAULTS: dict[str, Any] = {"temperature": 1.0, "t_squared": False}
 HYBRID = {"gold_hybrid": True, "jsd_beta": 0.0, "gold_matched_weight": 1.0, "gold_unmatched_weight": 1.0}

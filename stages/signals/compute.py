@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from stages.core.errors import UserError
+from stages.models.body import hidden_states, layer_states
 from stages.signals.schema import NO_NEEDS, columns_for, first_not_finite, normaliser_column
-from stages.training.head import SMALL_MASS, block_buffer, block_logits, block_size, pieces
-from stages.training.models import Head, hidden_states, layer_states
-from stages.training.top_k import top_k
+from stages.vocabulary.blocks import SMALL_MASS, block_buffer, block_logits, block_size, pieces
+from stages.vocabulary.head import Head
+from stages.vocabulary.top_k import top_k
 
 SMALLEST = 1e-37  # tail masses below are kept as this: log 0 has no place in a table
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from stages.training.models import Head
+from stages.vocabulary.head import Head
 
 ROWS = 256
 LARGEST = 4096  # the most likeliest tokens that are measured

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.training.head import Shape
-from stages.training.models import Head, Side
+from stages.vocabulary.blocks import Shape
+from stages.vocabulary.head import Head, Side
 
 FILE = "head.safetensors"
 

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.core.errors import UserError
-from stages.training.models import body_of
+from stages.models.body import body_of
 
 EPSILON = 1e-8
 NEGLIGIBLE = 1e-6  # of a gradient, what a projection may leave over by rounding

@@ -7,49 +7,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from stages.alignment.chunks import align
 from stages.core.errors import UserError
 from stages.core.seeds import seed_of
 from stages.losses import Prepared
-from stages.losses.chunks import scored_chunks
+from stages.losses.examples import Examples
 from stages.signals.reader import Signals
 from stages.tokenization.batches import select, token_places
 
 if TYPE_CHECKING:
     from stages.alignment.pair import Pair
     from stages.tokenization import ByteView
-    from stages.tokenization.encoding import EncodedBatch
 
-Prepare = Callable[["Examples"], list[Prepared]]
-
-
-@dataclass
-class Examples:
-    """The examples of one micro-batch, flat: student tokens, teacher tokens and the teacher's signals for them.
-
-    `teacher` and `pair` are None and `signals` empty when no loss reads a teacher; `signals` maps a column to [Nt] or
-    [Nt, k].
-    """
-
-    student: "EncodedBatch"
-    teacher: "EncodedBatch | None" = None
-    signals: dict[str, np.ndarray] = field(default_factory=dict)
-    pair: "Pair | None" = None
-
-    def chunks(self, kind: str, scored: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (chunk of each teacher token, of each student token, example of each chunk), int64.
-
-        Chunk ids run over all examples; -1 is none. If `scored`, only tokens that are training targets have one.
-        """
-        assert self.teacher is not None
-        bias = self.pair.bias if self.pair else None
-        teacher, student, counts = align(self.teacher, self.student, kind, bias, scored=scored)
-        starts = np.cumsum(counts, dtype=np.int64) - counts
-        sides = []
-        for chunk, batch in ((teacher, self.teacher), (student, self.student)):
-            wide = chunk + np.where(chunk >= 0, np.repeat(starts, np.diff(batch.offsets)), 0)
-            sides.append(scored_chunks(wide, batch.loss, batch.offsets) if scored else wide)
-        return sides[0], sides[1], np.repeat(np.arange(len(counts)), counts)
+Prepare = Callable[[Examples], list[Prepared]]
 
 
 @dataclass

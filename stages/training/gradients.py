@@ -2,20 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from stages.core.errors import UserError
+from stages.losses import Loss
 from stages.training import aggregation
 from stages.training.data import MicroBatch, Step, generator
 from stages.training.modes import autocasts
 from stages.training.student import Student
-
-if TYPE_CHECKING:
-    from stages.training.trainer import Loss
 
 
 class Gradients:
@@ -29,7 +27,7 @@ class Gradients:
         self,
         student: Student,
         module: nn.Module,
-        losses: "Sequence[Loss]",
+        losses: Sequence[Loss],
         settings: dict[str, Any],
         seed: int,
         accelerator: Any,

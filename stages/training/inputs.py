@@ -22,7 +22,7 @@ from stages.signals.matrices import FILE, load_side
 from stages.signals.reader import Signals, open_signals
 from stages.tokenization import ByteView
 from stages.training.job import device
-from stages.training.models import Side
+from stages.vocabulary.head import Side
 
 
 def check_signals(job: stage.Job, needs: Needs) -> dict[str, Any]:

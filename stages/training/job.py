@@ -16,12 +16,13 @@ from stages.artifacts.tables import read_table
 from stages.core import stage
 from stages.models.export import copy_tokenizer, save_model
 from stages.models.loading import check_length, length_limit, load_model
+from stages.models.output import find_head
 from stages.tokenization.batches import encode_rows, refuse_inexact
 from stages.training.metrics import write_metrics
-from stages.training.models import Head, find_head
 from stages.training.modes import merged, prepare_mode
 from stages.training.student import Student as Student
 from stages.training.trainer import Run, train
+from stages.vocabulary.head import Head
 
 if TYPE_CHECKING:
     from stages.tokenization import ByteView

@@ -9,13 +9,15 @@ import torch
 from stages.core import stage
 from stages.core.seeds import seed_of
 from stages.losses import Needs
+from stages.losses.examples import Examples
+from stages.models.body import body_of
 from stages.models.loading import load_model, teacher_dtype
+from stages.models.output import find_head
 from stages.signals.compute import check_finite, teacher_pass, wanted_signals
 from stages.tokenization import ByteView
 from stages.tokenization.batches import token_places
 from stages.training import job as training
-from stages.training.data import Examples
-from stages.training.models import Side, body_of, find_head
+from stages.vocabulary.head import Side
 
 
 def online_teacher(

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stages.training.head import STATISTICS
-from stages.training.models import Sides, body_of, hidden_states, layer_states
+from stages.models.body import body_of, hidden_states, layer_states
+from stages.vocabulary.head import Sides
+from stages.vocabulary.statistics import STATISTICS
 
 
 class Student(nn.Module):

@@ -11,32 +11,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from stages.core.errors import UserError
-from stages.losses import Prepared
+from stages.losses import Loss, Prepared
+from stages.losses.examples import Examples
 from stages.training import checkpoints
-from stages.training.data import Examples, Step, generator
+from stages.training.data import Step, generator
 from stages.training.gradients import Gradients
 from stages.training.metrics import Metrics, flops_per_token, write_metrics
 from stages.training.modes import parameter_groups
 from stages.training.student import Student
 
 LOOKAHEAD = 2
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss of the run: the module of stages/losses, its settings, its weight and that one's schedule."""
-
-    name: str
-    module: ModuleType
-    options: dict[str, Any]
-    weight: float
-    schedule: str = "constant"
 
 
 @dataclass

@@ -69,13 +69,14 @@ def train_once() -> None:
     arguments = parser.parse_args()
     from stages.alignment.pair import Pair
     from stages.distill import import_losses, joint_needs
+    from stages.models.output import find_head
     from stages.signals.reader import open_signals
     from stages.tokenization import ByteView
     from stages.training.data import Collator
-    from stages.training.models import Side, Sides, find_head
     from stages.training.modes import prepare_mode, settings_of
     from stages.training.student import Student
     from stages.training.trainer import Run, prepare_losses, train
+    from stages.vocabulary.head import Side, Sides
     from tests.benchmarks.signals import llama
 
     settings = settings_of(TRAIN)

@@ -64,13 +64,14 @@ def train_once() -> None:
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
     from stages.distill import import_losses, joint_needs, make_projectors
+    from stages.models.output import find_head
     from stages.planning.methods import METHODS
     from stages.tokenization import ByteView
     from stages.training.data import Collator
-    from stages.training.models import Side, Sides, find_head
     from stages.training.modes import prepare_mode, settings_of
     from stages.training.student import Student
     from stages.training.trainer import Run, prepare_losses, train
+    from stages.vocabulary.head import Side, Sides
     from tests.benchmarks.signals import llama
 
     name, _, predicted = arguments.method.partition(", ")
@@ -132,8 +133,8 @@ def teacher_side(vocab: int):
     """A teacher's matrices of random numbers."""
     import torch
 
-    from stages.training.head import Shape
-    from stages.training.models import Head, Side
+    from stages.vocabulary.blocks import Shape
+    from stages.vocabulary.head import Head, Side
 
     torch.manual_seed(1)
     layer = torch.nn.Linear(WIDTH, vocab, bias=False).requires_grad_(False)

@@ -36,12 +36,13 @@ def teacher_pass(folder: Path, width: int, layers: int, vocab: int, tokens: int,
     import numpy as np
     import torch
 
+    from stages.models.body import body_of
+    from stages.models.output import find_head
     from stages.signals.compute import check_finite, wanted_signals
     from stages.signals.schema import columns_for
     from stages.signals.writer import writing
     from stages.teacher_signals import Shard
     from stages.tokenization.batches import length_batches
-    from stages.training.models import body_of, find_head
 
     model = llama(width, layers, vocab)
     source = np.random.default_rng(0)

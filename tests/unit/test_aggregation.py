@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stages.core.errors import UserError
-from stages.losses import sft
+from stages.losses import Loss, sft
 from stages.planning import expand, plan, run, sources
 from stages.tokenization import ByteView
 from stages.training import checkpoints
 from stages.training.aggregation import SCHEDULES, GradNorm, combination, dot_products, factors, last_block, parse
 from stages.training.modes import settings_of
-from stages.training.trainer import Loss, _Trainer, train
+from stages.training.trainer import _Trainer, train
 
 from . import tiny
 from .test_config import changed

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.training.dense import dense_loss
-from stages.training.distribution import head_distribution
-from stages.training.head import Shape
-from stages.training.models import Head
-from stages.training.standardised import moments_and_columns, standardised_logprob
+from stages.vocabulary.blocks import Shape
+from stages.vocabulary.dense import dense_loss
+from stages.vocabulary.distribution import head_distribution
+from stages.vocabulary.head import Head
+from stages.vocabulary.standardised import moments_and_columns, standardised_logprob
 
 
 def made(rows=7, size=5, vocab=23, padding=3, seed=0):
@@ -82,8 +82,8 @@ def test_padding_columns_take_no_part():
 @pytest.mark.parametrize("shape", [Shape(23), Shape(20, 0.7), Shape(23, 2.0, 4.0)])
 @pytest.mark.parametrize("block", [2, 100])
 def test_standardised_values_and_gradients(shape, block, monkeypatch):
-    for module in ("models", "standardised"):
-        monkeypatch.setattr(f"stages.training.{module}.block_size", lambda vocab, device: block)
+    for module in ("head", "standardised"):
+        monkeypatch.setattr(f"stages.vocabulary.{module}.block_size", lambda vocab, device: block)
     hidden, weight, bias = made()
     layer = torch.nn.Linear(5, len(weight))
     with torch.no_grad():

@@ -12,8 +12,8 @@ from stages.losses.divergences import divergence
 from stages.losses.dskd_eta import ClosedForm, closed_form, pseudo_inverse
 from stages.planning.methods import METHODS, method_of, options_of, signal_needs
 from stages.signals.schema import to_float32
-from stages.training.head import Shape
-from stages.training.models import Head, Sides
+from stages.vocabulary.blocks import Shape
+from stages.vocabulary.head import Head, Sides
 
 from . import programs, tiny
 from .toy_pair import Toy, close, view

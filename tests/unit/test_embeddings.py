@@ -5,6 +5,7 @@ import torch
 
 from stages.embeddings import fvt
 from stages.embeddings.rows import assemble, generator
+from stages.tokenization.spelling import Vocabulary, fewest_pieces
 
 
 def by_characters(texts):
@@ -20,11 +21,11 @@ def source(**options):
         "roles": {"bos": 0, "eos": 1, "header": 2},
         "special_texts": {0: "<s>", 1: "</s>", 2: "<h>"},
     }
-    return fvt.Vocabulary(specials + ordinary + letters, **(settings | options))
+    return Vocabulary(specials + ordinary + letters, **(settings | options))
 
 
 def target(contents, **options):
-    return fvt.Vocabulary(contents, **options)
+    return Vocabulary(contents, **options)
 
 
 def test_rules():
@@ -67,7 +68,7 @@ def test_encoding_that_changes_bytes_is_not_used():
 
 def test_duplicates_match_duplicates():
     contents = [b"A", b"A", b"B", b"B"]
-    first = fvt.Vocabulary(contents, duplicate_ids=frozenset({0, 3}), encode=by_characters)
+    first = Vocabulary(contents, duplicate_ids=frozenset({0, 3}), encode=by_characters)
     plan = fvt.plan(target([b"A", b"B", b"A"], duplicate_ids=frozenset({2})), first, rows=4)
     assert plan.sources == [[1], [2], [0]]
 
@@ -88,7 +89,7 @@ def test_rows_beyond_the_embedding_are_not_used():
     ],
 )
 def test_fewest_pieces(content, pieces, expected):
-    assert fvt.fewest_pieces(content, pieces, 3) == expected
+    assert fewest_pieces(content, pieces, 3) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

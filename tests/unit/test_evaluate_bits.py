@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from stages import evaluate
 from stages.core.errors import UserError
 from stages.evaluation import bits_per_byte, scoring
+from stages.models.output import find_head
 from stages.tokenization import ByteView
 from stages.tokenization.batches import length_batches
-from stages.training.models import find_head
 from tests.unit import tiny
 from tests.unit import tokenizers_zoo as zoo
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from stages.training.head import head_statistics
+from stages.vocabulary.statistics import head_statistics
 
 CASES = list(itertools.product([None, 5.0], [False, True], [1.0, 0.3], [True, False]))
 
@@ -119,7 +119,8 @@ def tiny(kind, vocab=41, **options):
     ],
 )
 def test_head_of_model_classes(kind, options):
-    from stages.training.models import body_of, find_head
+    from stages.models.body import body_of
+    from stages.models.output import find_head
 
     model = tiny(kind, **options)
     for parameter in model.parameters():
@@ -136,7 +137,7 @@ def test_head_of_model_classes(kind, options):
 def test_refused_models():
     from stages.core.errors import UserError
     from stages.models.loading import check_length
-    from stages.training.models import find_head
+    from stages.models.output import find_head
 
     model = tiny("llama")
     with pytest.raises(UserError, match="'teacher' has 41 embedding rows but tokenizer 'big' has 50 ids"):

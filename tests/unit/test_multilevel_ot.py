@@ -6,7 +6,7 @@ import torch
 
 from stages.losses import multilevel_ot
 from stages.signals.schema import NO_NEEDS
-from stages.training.head import PIECE_ELEMENTS
+from stages.vocabulary.blocks import PIECE_ELEMENTS
 
 from . import tiny
 from .dense import step, teacher_logits, toy_examples
@@ -64,7 +64,7 @@ def test_values_and_gradients(toy):
 
 def test_a_block_may_end_within_an_example(toy, monkeypatch):
     whole = step(multilevel_ot, toy, {}, [[0, 1, 2, 3]])
-    monkeypatch.setattr("stages.training.models.block_size", lambda vocab, device: 5)
+    monkeypatch.setattr("stages.vocabulary.head.block_size", lambda vocab, device: 5)
     monkeypatch.setitem(PIECE_ELEMENTS, "cpu", 2 * 400)
     close(whole, step(multilevel_ot, toy, {}, [[0, 1, 2, 3]]))
 

@@ -12,8 +12,8 @@ from stages.signals.compute import check_finite, compute_signals, top_k, wanted_
 from stages.signals.reader import open_signals
 from stages.signals.schema import columns_for, to_float32
 from stages.signals.writer import writing
-from stages.training.head import Shape
-from stages.training.models import Head
+from stages.vocabulary.blocks import Shape
+from stages.vocabulary.head import Head
 
 NEEDS = {"boundary": True, "eos": True, "top_k": 5}
 

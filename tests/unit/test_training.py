@@ -18,14 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.artifacts.schemas import EXAMPLES
 from stages.core.errors import UserError
-from stages.losses import sft
+from stages.losses import Loss, sft
+from stages.models.body import body_of, hidden_states
+from stages.models.output import find_head
 from stages.tokenization import ByteView
 from stages.training import checkpoints
 from stages.training.data import Collator, generator, pack_rows, step_examples
-from stages.training.models import Side, Sides, body_of, find_head, hidden_states
 from stages.training.modes import DEFAULTS, prepare_mode, settings_of
 from stages.training.student import Student
-from stages.training.trainer import Loss, Run, _Trainer, learning_rate, prepare_losses, train
+from stages.training.trainer import Run, _Trainer, learning_rate, prepare_losses, train
+from stages.vocabulary.head import Side, Sides
 
 from . import tiny
 

@@ -14,7 +14,7 @@ from stages.losses import same_tokenizer, x_token
 from stages.losses.chunks import merge_chunks
 from stages.losses.mapped import Likeliest
 from stages.signals.schema import NO_NEEDS
-from stages.training.head import PIECE_ELEMENTS
+from stages.vocabulary.blocks import PIECE_ELEMENTS
 
 from . import tiny
 from .dense import step, teacher_logits, toy_examples
@@ -152,7 +152,7 @@ def test_a_split_batch_gives_the_same_gradient(toy, name):
 
 def test_blocks_change_nothing(toy, monkeypatch):
     whole = step(x_token, toy, {"name": "p_kl"}, [[0, 1, 2, 3]], k=20)
-    monkeypatch.setattr("stages.training.models.block_size", lambda vocab, device: 5)
+    monkeypatch.setattr("stages.vocabulary.head.block_size", lambda vocab, device: 5)
     monkeypatch.setitem(PIECE_ELEMENTS, "cpu", 2 * 400)
     close(whole, step(x_token, toy, {"name": "p_kl"}, [[0, 1, 2, 3]], k=20))
 

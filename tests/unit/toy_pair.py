@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from stages.alignment.pair import Matches, Pair
+from stages.losses.examples import Examples
 from stages.signals.schema import to_float32
 from stages.tokenization import ByteView
 from stages.tokenization.batches import select, token_places
-from stages.training.data import Examples
-from stages.training.head import Shape
-from stages.training.models import Head, Side, Sides
+from stages.vocabulary.blocks import Shape
+from stages.vocabulary.head import Head, Side, Sides
 
 from . import tiny
 

@@ -1,6 +1,6 @@
 """The softmax of logits divided by their own standard deviation, log softmax(z / (std(z) + 1e-4)), without all logits.
 
-As in `stages.training.head`, the vocabulary axis exists for one block of tokens at a time. One pass over the logits
+The vocabulary axis exists for one block of tokens at a time (`stages.vocabulary.blocks`). One pass over the logits
 finds what they are divided by and which tokens an example holds likely; the log-probabilities of those then need only
 their own columns of the output layer, and the gradient one more pass.
 """
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from stages.training.head import Shape, block_logits, block_size, compute_dtype, gradient_blocks
+from stages.vocabulary.blocks import Shape, block_logits, block_size, compute_dtype, gradient_blocks
 
 if TYPE_CHECKING:
-    from stages.training.models import Head
+    from stages.vocabulary.head import Head
 
 SMALLEST_DEVIATION = 1e-4  # added to every standard deviation
 

@@ -6,18 +6,23 @@ Liger's fused linear losses, arXiv 2410.10989).
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from stages.training.head import Shape, block_buffer, block_logits, block_size, compute_dtype, gradient_blocks
-
-if TYPE_CHECKING:
-    from stages.training.models import Head
+from stages.vocabulary.blocks import Shape, block_buffer, block_logits, block_size, compute_dtype, gradient_blocks
 
 RowLoss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
-Fixed = Mapping[str, "tuple[Head, torch.Tensor]"]
+
+
+class Fixed(NamedTuple):
+    """An output layer that is not differentiated: weight [V, d'], bias [V] or None, and the states [N, d'] it reads."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    shape: Shape
+    states: torch.Tensor
 
 
 def dense_loss(
@@ -28,14 +33,13 @@ def dense_loss(
     constants: Mapping[str, torch.Tensor],
     bias: torch.Tensor | None = None,
     block: int | None = None,
-    fixed: Fixed | None = None,
+    fixed: Mapping[str, Fixed] | None = None,
 ) -> torch.Tensor:
     """Return the sum of `function(logits, constants)` over all rows, differentiable in hidden, weight and bias.
 
     `hidden` [N, d], `weight` [V, d], `bias` [V]; `function` gets float32 logits [n, shape.vocab] of a few rows and the
-    same rows of every constant [N, ...], and returns a sum over its rows. `fixed` maps names to output layers with
-    states [N, d']: the logits that these make are constants too, and exist for a block of rows only. Nothing is
-    differentiated in the constants.
+    same rows of every constant [N, ...], and returns a sum over its rows. The logits that layers in `fixed` make are
+    constants too, and exist for a block of rows only. Nothing is differentiated in the constants.
     """
     size = block or block_size(shape.vocab, hidden.device)
     settings = (function, shape, size, compute_dtype(hidden), dict(fixed or {}))
@@ -53,12 +57,12 @@ class _DenseLoss(torch.autograd.Function):
         shape: Shape,
         block: int,
         compute: torch.dtype,
-        fixed: Fixed,
+        fixed: dict[str, Fixed],
         names: list[str],
         *constants: torch.Tensor,
     ) -> torch.Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
-        made = {name: _BlockLogits(head, states, block) for name, (head, states) in fixed.items()}
+        made = {name: _BlockLogits(layer, block) for name, layer in fixed.items()}
 
         def slope_of(logits: torch.Tensor, at: slice) -> None:
             here = {name: value[at] for name, value in zip(names, constants, strict=True)}
@@ -85,12 +89,12 @@ class _DenseLoss(torch.autograd.Function):
 class _BlockLogits:
     """Makes the logits of one block of rows after another in one place."""
 
-    def __init__(self, head: "Head", states: torch.Tensor, block: int) -> None:
-        vocab = head.shape.vocab
-        self.shape, self.weight = head.shape, head.weight[:vocab].detach()
-        self.bias = None if head.bias is None else head.bias[:vocab].detach()
-        self.states, self.block = states.detach(), block
-        self.buffer = block_buffer(min(block, len(states)), vocab, self.weight)
+    def __init__(self, layer: Fixed, block: int) -> None:
+        vocab = layer.shape.vocab
+        self.shape, self.weight = layer.shape, layer.weight[:vocab].detach()
+        self.bias = None if layer.bias is None else layer.bias[:vocab].detach()
+        self.states, self.block = layer.states.detach(), block
+        self.buffer = block_buffer(min(block, len(self.states)), vocab, self.weight)
         self.first, self.logits = 0, self.weight.new_zeros((0, vocab))
 
     def __call__(self, at: slice) -> torch.Tensor:

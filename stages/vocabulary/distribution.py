@@ -1,8 +1,8 @@
 """Parts of a language model's output distribution, at any temperature, without its logits.
 
 Where a loss compares distributions, it reads the log-probabilities of chosen tokens: those that the teacher holds
-likely (`candidates`), or those that the student itself does (`top_k`). As in `stages.training.head`, the vocabulary
-axis exists for one block of tokens at a time, forward and backward.
+likely (`candidates`), or those that the student itself does (`top_k`). The vocabulary axis exists
+for one block of tokens at a time (`stages.vocabulary.blocks`), forward and backward.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from stages.training.head import (
+from stages.vocabulary.blocks import (
     Shape,
     block_buffer,
     block_logits,
@@ -19,7 +19,7 @@ from stages.training.head import (
     gradient_blocks,
     normalise_block,
 )
-from stages.training.top_k import top_k
+from stages.vocabulary.top_k import top_k
 
 
 class Chosen(NamedTuple):
