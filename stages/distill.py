@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     from stages.training.modes import settings_of
     from stages.training.online import online_teacher
     from stages.training.trainer import Run, prepare_losses
-    from stages.vocabulary.head import Side, Sides
+    from stages.vocabulary.head import Sides
 
     settings = settings_of(job.spec["train"])
     index = inputs.check_signals(job, needs) if needs.teacher and job.spec["teacher"] == "cached" else None
@@ -37,14 +37,14 @@ def main(argv: list[str] | None = None) -> None:
     signals = inputs.open_index(job, index, needs, table["example_id"].to_pylist()) if index else None
 
     online = bool(needs.teacher) and signals is None
-    model, outer, head, dtype = training.open_student(job, settings, view, table, job.inputs.get("init"))
+    described, outer, trained = training.open_student(job, settings, view, table, job.inputs.get("init"))
     ask, teacher = None, inputs.teacher_side(job, needs)
     if online:
         ask, teacher = online_teacher(job, pair.teacher, needs, table)
-    sides = Sides(Side(head, model.get_input_embeddings()), teacher)
+    sides = Sides(described.side, teacher)
     mode = job.spec.get("loss", {}).get("space_mask_mode", "space+tab+newline+special")
     projectors = make_projectors(losses, sides, pair, job.spec["seed"])
-    student = training.Student(model, sides, needs.student, view.boundary_mask(mode), view.eos_id, projectors)
+    student = training.Student(described.model, sides, needs.student, view.boundary_mask(mode), view.eos_id, projectors)
     collate = Collator(
         table,
         view,
@@ -54,10 +54,11 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=settings["batch_size"],
         max_tokens=settings["max_tokens"],
         seed=job.spec["seed"],
+        packs=described.packs,
         **training.ranks(),
     )
     run = Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints(), ask)
-    training.train_and_publish(job, run, outer, dtype)
+    training.train_and_publish(job, run, outer, described, trained)
 
 
 def import_losses(spec: dict[str, Any]) -> "list[Loss]":

@@ -7,7 +7,6 @@ from stages.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel
 
@@ -26,8 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from stages.core.artifact import write_json
-    from stages.evaluation.bits_per_byte import model_size
-    from stages.models.loading import load_model
+    from stages.models.loading import load_model, teacher_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     manager = None
@@ -36,22 +34,14 @@ def main(argv: list[str] | None = None) -> None:
 
         manager = harness.task_manager(job.spec["suite"].get("tasks") or [], job.spec["suite"].get("include_path"))
     with job.publish() as draft:
-        dtype = dtype_for(job.spec["model"].get("dtype"), device)
-        model = load_model(job.spec["model"], job.inputs.get("model"), dtype).to(device)
+        dtype = teacher_dtype("auto", torch.device(device))
+        model = load_model(job.spec["model"], job.inputs.get("model"), dtype).to(device).eval()
         if kind == "bits_per_byte":
             rows, facts = bits_per_byte(job, model, draft)
         else:
             rows, facts = lm_eval_tasks(job, model, manager, draft)
-        facts["model"] = model_size(model)
         write_json(draft.folder / "results.json", facts | {"results": rows})
         draft.metrics |= {key: value for key, value in facts.items() if key != "model"} | {"results": rows}
-
-
-def dtype_for(wanted: str | None, device: str) -> "torch.dtype":
-    """Return the dtype to evaluate in: fp32 on a CPU; on a GPU the configured one, bf16 by default."""
-    import torch
-
-    return torch.float32 if device == "cpu" else getattr(torch, "bfloat16" if wanted in (None, "auto") else wanted)
 
 
 def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> tuple[list[dict], dict[str, Any]]:
@@ -67,8 +57,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     from stages.artifacts.tables import read_table, write_table
     from stages.evaluation import bits_per_byte as formulas
     from stages.evaluation.scoring import token_bits
-    from stages.models.loading import check_length
-    from stages.models.output import find_head
+    from stages.models.description import describe
     from stages.tokenization import ByteView
     from stages.tokenization.batches import refuse_inexact
 
@@ -88,9 +77,9 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     name, lengths = job.spec["model"]["name"], np.diff(batch.offsets)
     longest = int(lengths.argmax())
     largest, where = examples["bytes"][longest].as_py(), examples["example_id"][longest].as_py()
-    check_length(model, name, longest=int(lengths[longest]), longest_bytes=largest, example=where)
-    head = find_head(model, view.vocab_size, name, view.name)
-    bits = token_bits(model, head, batch.ids, batch.offsets, scored, BATCH_TOKENS)
+    described = describe(model, name, view.vocab_size, view.name)
+    described.check_length(int(lengths[longest]), largest, where)
+    bits = token_bits(described, batch.ids, batch.offsets, scored, BATCH_TOKENS)
     per_example = np.add.reduceat(np.append(bits, 0.0), batch.offsets[:-1])
     tokens = np.add.reduceat(np.append(scored, False).astype(np.int32), batch.offsets[:-1])
     sizes = np.array([sum(len(slot["text"].encode()) for slot in row if slot["loss"]) for row in slots], np.int32)
@@ -99,10 +88,11 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     write_table(draft.folder / "samples.parquet", table, job.identity)
     draft.describe["samples.parquet"] = {"rows": table.num_rows}
     value, error, documents = formulas.ratio_with_error(per_example, sizes, examples["document_id"].to_pylist())
-    flops = formulas.forward_flops_per_token(model, formulas.mean_context(lengths))
+    flops = formulas.forward_flops_per_token(described, formulas.mean_context(lengths))
     per_byte = float(tokens.sum() / sizes.sum())
     facts = {
         "suite": "bits_per_byte",
+        "model": described.parameters,
         "bytes": int(sizes.sum()),
         "tokens_per_byte": per_byte,
         "forward_flops_per_byte": flops * per_byte,
@@ -129,21 +119,21 @@ def lm_eval_tasks(
     from stages.artifacts.schemas import TASK_SAMPLES
     from stages.artifacts.tables import write_table
     from stages.evaluation import harness
-    from stages.models.loading import check_rows, cut_padding
+    from stages.models.description import describe
 
     suite = job.spec["suite"]
     tokenizer = AutoTokenizer.from_pretrained(job.inputs["tokenizer"]["path"].parent)
     # Not len(tokenizer), which counts tokens: ids may have holes.
     ids = max(tokenizer.get_vocab().values()) + 1
-    check_rows(model, job.spec["model"]["name"], ids, job.inputs["tokenizer"]["path"].parent.name)
-    cut_padding(model, ids)
+    described = describe(model, job.spec["model"]["name"], ids, job.inputs["tokenizer"]["path"].parent.name)
+    described.cut_padding()
     built = [harness.built_task(task["path"].parent, task["spec"]["name"]) for task in job.inputs.get("tasks", [])]
     tasks = [*(suite.get("tasks") or []), *built]
     results = harness.run_tasks(model, tokenizer, tasks, manager, suite, job.spec["seed"])
     samples = pa.Table.from_pylist(harness.sample_rows(results), schema=TASK_SAMPLES)
     write_table(draft.folder / "samples.parquet", samples, job.identity)
     draft.describe["samples.parquet"] = {"rows": samples.num_rows}
-    return harness.result_rows(results), {"suite": "lm_eval"}
+    return harness.result_rows(results), {"suite": "lm_eval", "model": described.parameters}
 
 
 if __name__ == "__main__":

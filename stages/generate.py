@@ -11,9 +11,9 @@ from stages.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel
 
     from stages.generation.prompts import Encoded, Prompt
+    from stages.models.description import Description
     from stages.tokenization import ByteView
 
 ROWS = 1000  # of the prompts' held-out examples that are copied at once
@@ -30,9 +30,9 @@ def main(argv: list[str] | None = None) -> None:
 
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     prompts, encoded, facts = open_prompts(job, view)
-    model = open_teacher(job, view, prompts, encoded)
+    teacher = open_teacher(job, view, prompts, encoded)
     folder = job.checkpoints()
-    rows = generate(job, view, model, prompts, encoded, folder)
+    rows = generate(job, view, teacher, prompts, encoded, folder)
     with job.publish() as draft:
         publish(job, draft, prompts, rows, facts)
     shutil.rmtree(folder, ignore_errors=True)
@@ -59,21 +59,23 @@ def open_prompts(job: stage.Job, view: "ByteView") -> "tuple[list[Prompt], Encod
     return prompts, encoded, facts
 
 
-def open_teacher(job: stage.Job, view: "ByteView", prompts: "list[Prompt]", encoded: "Encoded") -> "PreTrainedModel":
+def open_teacher(job: stage.Job, view: "ByteView", prompts: "list[Prompt]", encoded: "Encoded") -> "Description":
     """Return the teacher, ready to generate; UserError when it cannot read a prompt and its answer.
 
     Its logits must be finite, and its positions enough.
     """
     import torch
 
-    from stages.models.loading import check_rows, cut_padding, length_limit, load_model, teacher_dtype
+    from stages.models.description import describe
+    from stages.models.loading import load_model, teacher_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, answer = job.spec["model"]["name"], job.spec["sampling"]["max_new_tokens"]
     model = load_model(job.spec["model"], job.inputs.get("model"), teacher_dtype(job.spec["dtype"], device))
-    check_rows(model, name, view.vocab_size, view.name)
-    cut_padding(model, view.vocab_size)
-    limit = length_limit(model)
+    model = model.to(device).eval().requires_grad_(False)
+    teacher = describe(model, name, view.vocab_size, view.name)
+    teacher.cut_padding()
+    limit = teacher.positions
     longest = max(range(len(prompts)), key=lambda place: len(encoded.ids[place]))
     length = len(encoded.ids[longest])
     if limit and length + answer > limit:
@@ -82,20 +84,19 @@ def open_teacher(job: stage.Job, view: "ByteView", prompts: "list[Prompt]", enco
             f"more it is longer than the {limit} that model {name!r} takes: lower max_new_tokens"
             + (" or prompt_bytes." if prompts[longest].plain else ", or the max_bytes of the prompts' corpus.")
         )
-    model = model.to(device).eval().requires_grad_(False)
     logits = model(torch.from_numpy(encoded.ids[longest][None]).long().to(device)).logits
     if not torch.isfinite(logits).all():
         raise UserError(
             f"Teacher {name!r} gives logits that are not finite: its weights are damaged, or it overflows in "
             f"{model.dtype} (try signals.dtype: float32)."
         )
-    return model
+    return teacher
 
 
 def generate(
     job: stage.Job,
     view: "ByteView",
-    model: "PreTrainedModel",
+    teacher: "Description",
     prompts: "list[Prompt]",
     encoded: "Encoded",
     folder: Path,
@@ -111,11 +112,12 @@ def generate(
     from stages.artifacts.schemas import GENERATIONS
     from stages.artifacts.tables import read_table, write_table
     from stages.generation.sampling import use_settings
+    from stages.models.configuration import endings as own_endings
     from stages.tokenization.batches import length_batches
 
     sampling = job.spec["sampling"]
-    endings = ending_ids(view, model)
-    use_settings(model, sampling["max_new_tokens"], sorted(endings | view.special_ids), view.pad_id)
+    endings = ending_ids(view, own_endings(teacher.model))
+    use_settings(teacher.model, sampling["max_new_tokens"], sorted(endings | view.special_ids), view.pad_id)
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(ids) + sampling["max_new_tokens"] for ids in encoded.ids]) * encoded.exact
     done: dict[int, dict[str, Any]] = {}
@@ -123,7 +125,7 @@ def generate(
         for number, batch in enumerate(length_batches(lengths, job.spec["batch_tokens"])):
             path = folder / f"batch-{number:06d}.parquet"
             if not path.exists():
-                rows = generate_rows(job, view, model, prompts, encoded, batch, endings)
+                rows = generate_rows(job, view, teacher, prompts, encoded, batch, endings)
                 partial = path.with_suffix(".partial")
                 write_table(partial, pa.Table.from_pylist(rows, schema=GENERATIONS), job.identity)
                 os.replace(partial, path)
@@ -135,7 +137,7 @@ def generate(
 def generate_rows(
     job: stage.Job,
     view: "ByteView",
-    model: "PreTrainedModel",
+    teacher: "Description",
     prompts: "list[Prompt]",
     encoded: "Encoded",
     batch: "np.ndarray",
@@ -154,7 +156,7 @@ def generate_rows(
         seeds = [seed_of(job.spec["seed"], "generate", prompts[place].document_id) for place in batch]
         drawn = [np.random.Generator(np.random.Philox(seed)).random(sampling["max_new_tokens"]) for seed in seeds]
         uniforms = np.stack(drawn)
-    found = generate_batch(model, [encoded.ids[place] for place in batch], sampling, uniforms)
+    found = generate_batch(teacher, [encoded.ids[place] for place in batch], sampling, uniforms)
     rows = []
     for place, ids in zip(batch.tolist(), found.tolist(), strict=True):
         stop = next((k + 1 for k, i in enumerate(ids) if i in endings or i in view.special_ids), len(ids))
@@ -175,12 +177,10 @@ def generate_rows(
     return rows
 
 
-def ending_ids(view: "ByteView", model: "PreTrainedModel") -> frozenset[int]:
-    """Return the tokens that end an answer: those of the tokenizer's roles, and those that the model itself names."""
-    own = model.generation_config.eos_token_id
-    named = [own] if isinstance(own, int) else own or []
+def ending_ids(view: "ByteView", own: list[int]) -> frozenset[int]:
+    """Return the tokens that end an answer: those of the tokenizer's roles, and those that the model names, `own`."""
     roles = [view.roles[role] for role in ("eos", "end_of_turn", "header", "bos") if role in view.roles]
-    return frozenset(i for i in (*roles, *named) if i < view.vocab_size)
+    return frozenset(i for i in (*roles, *own) if i < view.vocab_size)
 
 
 def publish(

@@ -29,8 +29,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from stages.artifacts.tables import write_table
     from stages.embeddings import replacement
+    from stages.models.configuration import set_special_ids
+    from stages.models.description import describe
     from stages.models.export import copy_tokenizer, save_model
-    from stages.models.loading import check_rows, load_model
+    from stages.models.loading import load_model
     from stages.tokenization import ByteView
 
     target = ByteView.load(job.inputs["tokenizer"]["path"].parent)
@@ -38,17 +40,17 @@ def main(argv: list[str] | None = None) -> None:
     with job.publish() as draft:
         model = load_model(job.spec["model"], job.inputs.get("model"))
         rows = source.vocab_size
-        check_rows(model, job.spec["model"]["name"], rows, source.name)
+        described = describe(model, job.spec["model"]["name"], rows, source.name)
         plan = make_plan(method, target, source, rows)
-        embedding = replacement.replace_embeddings(model, plan, rows, job.spec["seed"], mode == "untie")
-        replacement.set_special_ids(model, target.start_id, target.eos_id, target.pad_id)
-        draft.describe["model.safetensors"] = save_model(model, model.dtype, draft.folder)
+        embedding = replacement.replace_embeddings(described, plan, rows, job.spec["seed"], mode == "untie")
+        set_special_ids(model, target.roles, target.start_id, target.pad_id)
+        draft.describe["model.safetensors"] = save_model(model, described.dtypes, draft.folder)
         draft.metrics["auto_tokenizer"] = copy_tokenizer(job.inputs["tokenizer"], draft.folder)
         table = provenance(plan, target.token_bytes, embedding.float().norm(dim=1).numpy())
         write_table(draft.folder / "provenance.parquet", table, job.identity)
         draft.describe["provenance.parquet"] = {"rows": table.num_rows}
         draft.metrics["rows_by_rule"] = dict(sorted(Counter(plan.rules).items()))
-        draft.metrics["tied"] = bool(model.config.get_text_config().tie_word_embeddings)
+        draft.metrics["tied"] = described.tied
 
 
 def make_plan(method: str, target: "ByteView", source: "ByteView", rows: int) -> "Plan":

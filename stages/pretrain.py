@@ -15,21 +15,21 @@ def main(argv: list[str] | None = None) -> None:
     """Make a random model of the given architecture, train it by next-token prediction, publish it."""
     job = stage.parse("stages.pretrain", __doc__, argv)
     from stages.losses import Loss, sft
-    from stages.models.output import find_head
+    from stages.models.description import describe
     from stages.tokenization import ByteView
     from stages.training import job as training
     from stages.training.data import Collator
     from stages.training.modes import prepare_mode, settings_of
     from stages.training.trainer import Run, prepare_losses
-    from stages.vocabulary.head import Side, Sides
+    from stages.vocabulary.head import Sides
 
     settings = settings_of({"train_model_mode": "full"} | job.spec["train"])
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     table = training.open_corpus(job, view)
     model = random_model(job.spec["architecture"], view, job.spec["seed"])
-    training.refuse_long(view, table, model, job.stage)
-    outer = prepare_mode(model, settings, job.spec["seed"])
-    head = find_head(model, view.vocab_size, "pretrain", view.name)
+    described = describe(model, job.stage, view.vocab_size, view.name)
+    training.refuse_long(view, table, described)
+    outer, trained = prepare_mode(described, settings, job.spec["seed"])
     losses = [Loss("sft", sft, {}, 1.0)]
     collate = Collator(
         table,
@@ -40,12 +40,13 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=settings["batch_size"],
         max_tokens=settings["max_tokens"],
         seed=job.spec["seed"],
+        packs=described.packs,
         **training.ranks(),
     )
-    sides = Sides(Side(head, model.get_input_embeddings()))
+    sides = Sides(described.side)
     student = training.Student(model, sides, sft.needs({}).student, None, None)
     run = Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints())
-    training.train_and_publish(job, run, outer, model.dtype)
+    training.train_and_publish(job, run, outer, described, trained)
 
 
 def random_model(architecture: dict[str, Any], view: "ByteView", seed: int) -> "PreTrainedModel":

@@ -31,9 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     from stages.artifacts.schemas import EXAMPLES
     from stages.artifacts.tables import read_table
     from stages.core.seeds import seed_of
-    from stages.models.body import body_of
-    from stages.models.loading import check_length, load_model, teacher_dtype
-    from stages.models.output import find_head
+    from stages.models.description import describe
+    from stages.models.loading import load_model, teacher_dtype
     from stages.signals.compute import wanted_signals
     from stages.tokenization import ByteView
     from stages.tokenization.batches import refuse_inexact
@@ -49,14 +48,13 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(job.spec["model"], job.inputs.get("model"), teacher_dtype(job.spec["dtype"], device))
     model = model.to(device).eval().requires_grad_(False)
-    name = job.spec["model"]["name"]
-    head = find_head(model, view.vocab_size, name, view.name)
+    teacher = describe(model, job.spec["model"]["name"], view.vocab_size, view.name)
     if windows:
-        check_length(model, name, *longest_example(windows, table))
+        teacher.check_length(*longest_example(windows, table))
     mask, seed = view.boundary_mask(job.spec["space_mask_mode"]), seed_of(job.spec.get("seed", 0), "samples", shard)
     wanted = wanted_signals(job.spec["needs"], mask, view.eos_id, device, seed)
     with job.publish() as draft:
-        compute = Shard(body_of(model), head, wanted, job.spec["batch_tokens"], name)
+        compute = Shard(teacher.body, teacher.head, wanted, job.spec["batch_tokens"], teacher.name)
         write_shard(draft, f"part-{shard:04d}.parquet", job, compute, table, windows)
 
 

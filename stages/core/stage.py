@@ -11,6 +11,7 @@ their manifest, relative to `--root`, with the lineage that this run expects of 
 import argparse
 import errno
 import json
+import logging
 import os
 import sys
 import time
@@ -83,6 +84,9 @@ def parse(module: str, description: str | None, argv: list[str] | None = None) -
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments.log:
         _redirect(arguments.log)
+    logger = logging.getLogger("stages")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [_Stderr()]
     try:
         text = arguments.spec
         spec = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
@@ -144,6 +148,14 @@ def _open(root: Path, entry: Any) -> Any:
     if entry.get("lineage"):
         artifact.check_lineage(manifest, entry["lineage"])
     return manifest
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes what library modules log to whatever standard error is by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _redirect(log: Path) -> None:

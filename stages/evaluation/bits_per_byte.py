@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from stages.models.description import Description
 
 
 def ratio_with_error(values: np.ndarray, sizes: np.ndarray, documents: list[str]) -> tuple[float, float, int]:
@@ -24,25 +24,17 @@ def ratio_with_error(values: np.ndarray, sizes: np.ndarray, documents: list[str]
     return ratio, float(np.sqrt(count / (count - 1) * np.square(residual).sum()) / bytes_.sum()), count
 
 
-def model_size(model: "PreTrainedModel") -> dict[str, int]:
-    """Return the parameter counts of a model; input and output embeddings are counted once when tied."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    embedding = inputs.numel() + (0 if head is inputs else head.numel())
-    return {"parameters": total, "non_embedding_parameters": total - embedding, "head_parameters": head.numel()}
-
-
-def forward_flops_per_token(model: "PreTrainedModel", mean_context: float) -> float:
+def forward_flops_per_token(model: "Description", mean_context: float) -> float:
     """Return the FLOPs of a forward pass per token at `mean_context` tokens of context.
 
     Two per non-embedding and head parameter, plus the attention scores and values: 4 * layers * width * context
     (Kaplan et al. 2020, table 1, with the head counted).
     """
-    size, config = model_size(model), model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    attention = 4 * config.num_hidden_layers * width * mean_context
-    return 2.0 * (size["non_embedding_parameters"] + size["head_parameters"]) + attention
+    from stages.models.configuration import attention_width
+
+    size = model.parameters
+    matrices = 2.0 * (size["non_embedding_parameters"] + size["head_parameters"])
+    return matrices + 4 * attention_width(model.model) * mean_context
 
 
 def mean_context(lengths: np.ndarray) -> float:

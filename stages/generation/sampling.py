@@ -15,6 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from stages.models.description import Description
+
 
 class Draw(LogitsProcessor):
     """Leaves one token of each row's distribution, so that greedy search draws it.
@@ -58,15 +60,31 @@ def use_settings(model: PreTrainedModel, max_new_tokens: int, endings: Sequence[
     )
 
 
-@torch.inference_mode()
 def generate_batch(
-    model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: dict[str, Any], uniforms: np.ndarray | None
+    teacher: Description, prompts: Sequence[np.ndarray], sampling: dict[str, Any], uniforms: np.ndarray | None
 ) -> np.ndarray:
     """Return int64 [rows, steps]: the tokens after each prompt (int arrays), padding after an ending token.
 
-    Prompts are padded on the left. `uniforms` float64 [rows, max_new_tokens] in [0, 1) for draws, None for the
-    likeliest token at every step. `use_settings` comes first.
+    A model that would give other answers in a batch gets one prompt at a time. `uniforms` float64 [rows,
+    max_new_tokens] in [0, 1) for draws, None for the likeliest token at every step. `use_settings` comes first.
     """
+    pad = teacher.model.generation_config.pad_token_id
+    if len(prompts) == 1 or teacher.generates_in_batches(pad):
+        return _generate_together(teacher.model, prompts, sampling, uniforms)
+    places = range(len(prompts))
+    drawn = [None if uniforms is None else uniforms[place : place + 1] for place in places]
+    rows = [_generate_together(teacher.model, [prompts[i]], sampling, drawn[i])[0] for i in places]
+    found = np.full((len(rows), max(map(len, rows))), pad, np.int64)
+    for place, row in enumerate(rows):
+        found[place, : len(row)] = row
+    return found
+
+
+@torch.inference_mode()
+def _generate_together(
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: dict[str, Any], uniforms: np.ndarray | None
+) -> np.ndarray:
+    """Return what `generate_batch` does, of prompts padded on the left to one batch."""
     width = max(len(ids) for ids in prompts)
     within = np.arange(width)[None, :] >= width - np.array([len(ids) for ids in prompts])[:, None]
     padded = np.full(within.shape, model.generation_config.pad_token_id, np.int64)

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from stages.core.artifact import data_path
+from stages.models.configuration import set_tied
+from stages.models.description import is_tied
 from stages.tokenization.byte_functions import PROBES
 
 TOKENIZER_ONLY = ("tokens.parquet", "byte_view.json")  # files of a tokenizer artifact that transformers does not read
@@ -25,16 +28,27 @@ class PlainTokenizer(PreTrainedTokenizerFast):
 '''
 
 
-def save_model(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+def save_model(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], folder: Path) -> dict[str, Any]:
     """Write `config.json`, `generation_config.json` and one `model.safetensors`; return facts on the weights.
 
-    The weights are stored in `dtype`.
+    `dtypes`: the type that each tensor of the state is stored in, by its name.
     """
-    model = model.to("cpu", dtype)
-    model.save_pretrained(folder, max_shard_size="100TB")
+    model = model.to("cpu")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in dtypes:
+            tensor.data = tensor.data.to(dtypes[name])
+    set_tied(model, is_tied(model))
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        # Its generation settings are written as they are: transformers refuses those that have no effect.
+        model.save_pretrained(folder, max_shard_size="100TB")
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json", use_diff=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding = list(model.get_input_embeddings().weight.shape)
-    return {"parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "embedding": embedding}
+    return {"parameters": parameters, "dtype": str(model.dtype).removeprefix("torch."), "embedding": embedding}
 
 
 def copy_tokenizer(manifest: dict[str, Any], folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Open a causal language model and refuse what does not fit its tokenizer or its text."""
+"""Open a causal language model."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the model that a spec's "model" describes, or the artifact (opened manifest) that stands for it, on the CPU.
 
-    `dtype` None keeps the stored type. Only safetensors are read. UserError when it is not there, is damaged, is no
-    causal language model, or lacks weights.
+    In the type that its `dtype` in the config names; where that is auto, in `dtype`, and None keeps the stored type.
+    Only safetensors are read. UserError when it is not there, is damaged, is no causal language model, or lacks
+    weights.
     """
     name = model["name"]
     place = str(artifact["path"].parent) if artifact else model.get("path")
@@ -34,7 +35,7 @@ def load_model(
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             place,
-            dtype=dtype or "auto",
+            dtype=_own_dtype(model) or dtype or "auto",
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, by name
@@ -65,47 +66,17 @@ def load_model(
     return loaded
 
 
+def _own_dtype(model: dict[str, Any]) -> torch.dtype | None:
+    """Return the type that the config gives this model, None for auto."""
+    setting = model.get("dtype") or "auto"
+    return None if setting == "auto" else getattr(torch, setting)
+
+
 def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
     """Return the type a teacher runs in: "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
-
-
-def check_rows(model: PreTrainedModel, name: str, tokens: int, tokenizer: str) -> None:
-    """Refuse a model with fewer embedding or output rows than its tokenizer has ids; rows beyond them are padding."""
-    layers = {"embedding": model.get_input_embeddings(), "output": model.get_output_embeddings()}
-    for what, layer in layers.items():
-        rows = tokens if layer is None else layer.weight.shape[0]
-        if rows < tokens:
-            raise UserError(
-                f"Model {name!r} has {rows} {what} rows but tokenizer {tokenizer!r} has {tokens} ids: "
-                "give the model the tokenizer it was trained with, or initialize it for this one."
-            )
-
-
-def cut_padding(model: PreTrainedModel, tokens: int) -> None:
-    """Make `model` give logits of its first `tokens` ids alone, so that padding rows take no part in any softmax."""
-    head = model.get_output_embeddings()
-    if head is not None and head.weight.shape[0] > tokens:
-        head.register_forward_hook(lambda _module, _inputs, logits: logits[..., :tokens])
-
-
-def length_limit(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model has positions for, None where its configuration names no limit."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-
-
-def check_length(model: PreTrainedModel, name: str, longest: int, longest_bytes: int, example: str) -> None:
-    """Refuse an example of `longest` tokens that the model has no positions for."""
-    limit = length_limit(model)
-    if limit and longest > limit:
-        fits = max(16, int(longest_bytes * limit / longest * 0.9))
-        raise UserError(
-            f"Example {example} has {longest} tokens but model {name!r} takes at most {limit}: "
-            f"cut the corpus shorter, with max_bytes: {fits}."
-        )
 
 
 def _refuse_folder(name: str, folder: Path) -> None:

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stages.core.errors import UserError
-from stages.models.body import body_of
+from stages.models.description import last_block_of
 
 EPSILON = 1e-8
 NEGLIGIBLE = 1e-6  # of a gradient, what a projection may leave over by rounding
@@ -179,10 +179,8 @@ def flat_gradients(values: Sequence[torch.Tensor], parameters: Sequence[nn.Param
 
 def last_block(model: PreTrainedModel) -> list[nn.Parameter]:
     """Return the trained parameters of the last transformer block; UserError when there are none."""
-    layers = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in body_of(model).modules() if isinstance(module, nn.ModuleList))
-    blocks = next((module for module in lists if len(module) == layers), None)
-    found = [p for p in blocks[-1].parameters() if p.requires_grad] if blocks else []
+    block = last_block_of(model)
+    found = [p for p in block.parameters() if p.requires_grad] if block is not None else []
     if not found:
         raise UserError(
             f"In the last transformer block of {type(model).__name__} nothing is trained, so gradients cannot be "

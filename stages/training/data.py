@@ -12,7 +12,7 @@ from stages.core.seeds import seed_of
 from stages.losses import Prepared
 from stages.losses.examples import Examples
 from stages.signals.reader import Signals
-from stages.tokenization.batches import select, token_places
+from stages.tokenization.batches import length_batches, select, token_places
 
 if TYPE_CHECKING:
     from stages.alignment.pair import Pair
@@ -60,7 +60,8 @@ class Collator:
     """Turns a step number into micro-batches: encode, read signals, align, prepare, pack. No torch, no state.
 
     `pair` holds the teacher's tokenizer, None when no loss reads a teacher. `prepare` is None when signals come from an
-    online teacher; the trainer then prepares after asking it.
+    online teacher; the trainer then prepares after asking it. `packs`: whether a row may hold several
+    examples.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class Collator:
         batch_size: int,
         max_tokens: int,
         seed: int,
+        packs: bool = True,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         self.table, self.student, self.pair, self.signals, self.prepare = table, student, pair, signals, prepare
-        self.batch_size, self.max_tokens, self.seed = batch_size, max_tokens, seed
+        self.batch_size, self.max_tokens, self.seed, self.packs = batch_size, max_tokens, seed, packs
         self.rank, self.ranks = rank, ranks
         if batch_size < ranks:
             raise UserError(
@@ -99,7 +101,7 @@ class Collator:
             wanted, weight = np.array([int(np.argmax(lengths))]), 0.0
         micro = [
             replace(self.pack(whole, rows, wanted), weight=weight)
-            for rows in pack_rows(lengths[wanted], self.max_tokens)
+            for rows in (pack_rows if self.packs else single_rows)(lengths[wanted], self.max_tokens)
         ]
         if self.prepare:
             for batch in micro:
@@ -171,3 +173,9 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list
         space[row] -= length
     per_batch = max(1, max_tokens // width)
     return [rows[start : start + per_batch] for start in range(0, len(rows), per_batch)]
+
+
+def single_rows(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[list[int]]]:
+    """Return micro-batches as `pack_rows` does, with one example in each row, examples of like length together."""
+    batches = length_batches(np.asarray(lengths), max_tokens)
+    return [[[place] for place in batch.tolist()] for batch in batches]

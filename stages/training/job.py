@@ -9,20 +9,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from stages.artifacts.schemas import EXAMPLES
 from stages.artifacts.tables import read_table
 from stages.core import stage
+from stages.models.adapters import merged
+from stages.models.description import Description, describe
 from stages.models.export import copy_tokenizer, save_model
-from stages.models.loading import check_length, length_limit, load_model
-from stages.models.output import find_head
+from stages.models.loading import load_model
 from stages.tokenization.batches import encode_rows, refuse_inexact
 from stages.training.metrics import write_metrics
-from stages.training.modes import merged, prepare_mode
+from stages.training.modes import prepare_mode
 from stages.training.student import Student as Student
 from stages.training.trainer import Run, train
-from stages.vocabulary.head import Head
 
 if TYPE_CHECKING:
     from stages.tokenization import ByteView
@@ -51,25 +50,23 @@ def open_corpus(job: stage.Job, view: "ByteView") -> pa.Table:
 
 def open_student(
     job: stage.Job, settings: dict[str, Any], view: "ByteView", table: pa.Table, start: dict[str, Any] | None
-) -> tuple[PreTrainedModel, nn.Module, Head, torch.dtype]:
-    """Return (model, the module to export, head, stored type) of a job's student, marked for training.
+) -> tuple[Description, nn.Module, dict[str, Any]]:
+    """Return (description, the module to export, what is trained) of a job's student, as `prepare_mode` marks it.
 
     `start` is the artifact it starts from; without one, the "model" of the spec is loaded.
     """
-    name = job.spec["model"]["name"]
     model = load_model(job.spec["model"], start)
-    dtype = model.dtype
-    head = find_head(model, view.vocab_size, name, view.name)
-    refuse_long(view, table, model, name)
-    return model, prepare_mode(model, settings, job.spec["seed"]), head, dtype
+    student = describe(model, job.spec["model"]["name"], view.vocab_size, view.name)
+    refuse_long(view, table, student)
+    return student, *prepare_mode(student, settings, job.spec["seed"])
 
 
-def refuse_long(view: "ByteView", table: pa.Table, model: PreTrainedModel, name: str) -> None:
+def refuse_long(view: "ByteView", table: pa.Table, model: Description) -> None:
     """Refuse a corpus with an example that the model has no positions for.
 
     A token of text has a byte or more, so only examples of about as many bytes as there are positions are encoded.
     """
-    limit = length_limit(model)
+    limit = model.positions
     if not limit or not len(table):
         return
     most = table["bytes"].to_numpy() + TEMPLATE_TOKENS * pc.list_value_length(table["slots"]).to_numpy()
@@ -78,21 +75,23 @@ def refuse_long(view: "ByteView", table: pa.Table, model: PreTrainedModel, name:
         rows = table.take(large[start : start + SAMPLE])
         lengths = np.diff(encode_rows(view, rows).offsets)
         at = int(np.argmax(lengths))
-        check_length(model, name, int(lengths[at]), rows["bytes"][at].as_py(), rows["example_id"][at].as_py())
+        model.check_length(int(lengths[at]), rows["bytes"][at].as_py(), rows["example_id"][at].as_py())
 
 
-def train_and_publish(job: stage.Job, run: Run, outer: nn.Module, dtype: torch.dtype) -> None:
-    """Train, write the Hugging Face model folder in `dtype` with its metrics, and remove the checkpoints."""
+def train_and_publish(
+    job: stage.Job, run: Run, outer: nn.Module, student: Description, trained: dict[str, Any]
+) -> None:
+    """Train, write the Hugging Face model folder in the types it came in, with metrics, and remove the checkpoints."""
     result = train(run)
     if ranks()["rank"] != 0:
         return
     with job.publish() as draft:
-        draft.describe["model.safetensors"] = save_model(merged(outer), dtype, draft.folder)
+        draft.describe["model.safetensors"] = save_model(merged(outer), student.dtypes, draft.folder)
         draft.metrics["auto_tokenizer"] = copy_tokenizer(job.inputs["tokenizer"], draft.folder)
         write_metrics(draft.folder / "metrics.jsonl", result["metrics"])
         timed = ("seconds", "tokens_per_second")
         figures = {key: value for key, value in result["figures"].items() if key not in timed}
-        draft.metrics.update(figures, last=result["metrics"][-1] if result["metrics"] else {})
+        draft.metrics.update(figures, trained=trained, last=result["metrics"][-1] if result["metrics"] else {})
         # What differs between identical runs is no part of the artifact.
         draft.run.update({f"training_{key}": result["figures"][key] for key in timed}, timing=result["timing"])
     shutil.rmtree(run.folder, ignore_errors=True)

@@ -87,7 +87,7 @@ def flops_per_token(student: Student) -> float:
     The input embedding is a lookup and not counted; the head is, and once more for its recomputed forward pass.
     Attention scores are left out.
     """
-    model = student.model
-    embeddings = {id(p) for layer in (model.get_input_embeddings(), student.head.layer) for p in layer.parameters()}
-    body = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    side = student.sides.student
+    embeddings = {id(p) for layer in (side.embed, side.head.layer) for p in layer.parameters()}
+    body = sum(p.numel() for p in student.model.parameters() if id(p) not in embeddings)
     return 6.0 * body + 8.0 * student.head.shape.vocab * student.head.weight.shape[1]

@@ -1,15 +1,18 @@
 """What of a model is trained: all of it, low-rank adapters, or its embeddings."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from stages.core.errors import UserError
+from stages.models.adapters import add_adapters
+from stages.models.description import Description
 from stages.training import aggregation
 from stages.training.data import generator
 
+LOG = logging.getLogger(__name__)
 DEFAULTS: dict[str, Any] = {
     "steps": 5000,
     "warmup_steps": 0,
@@ -60,20 +63,24 @@ def autocasts(setting: str, device: torch.device) -> bool:
     return setting == "bfloat16" or (setting == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
 
-def prepare_mode(model: PreTrainedModel, settings: dict[str, Any], seed: int) -> nn.Module:
-    """Mark what is trained, in place, and return the model to export: `model`, or a PEFT model around it.
+def prepare_mode(described: Description, settings: dict[str, Any], seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Mark what is trained, in place; return (the model to export, plain or a PEFT model around it; what is trained).
 
     Trained parameters become float32; frozen ones keep their type, or become float32 too where forward passes are.
+    What is trained: {"parameters", "share"}, the number of parameters that the optimizer has, and the share of the
+    model's own weights that they change.
     """
+    model, mode = described.model, settings["train_model_mode"]
     if not autocasts(settings["dtype"], torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         model.float()
     # Torch keeps a padding row from training, and that token is often the one that starts every example.
-    model.get_input_embeddings().padding_idx = None
-    mode = settings["train_model_mode"]
-    outer: nn.Module = model
-    embeddings = {id(p) for p in _embedding_parameters(model)}
+    described.embed.padding_idx = None
+    own = list(model.parameters())
+    embeddings = {id(p) for layer in (described.embed, described.head.layer) for p in layer.parameters()}
+    outer, changed = model, 0
     if mode == "lora":
-        outer = _with_adapters(model, settings, seed)
+        rank, alpha = settings["model_lora_rank"], settings["model_lora_alpha"]
+        outer, changed = add_adapters(model, described.name, rank, alpha, int(generator(seed, "lora").integers(2**63)))
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings:
             trained = mode == "embeddings" or settings["train_embeddings"]
@@ -82,16 +89,15 @@ def prepare_mode(model: PreTrainedModel, settings: dict[str, Any], seed: int) ->
         parameter.requires_grad_(trained)
         if trained:
             parameter.data = parameter.data.float()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if not number:
         raise UserError(f"Nothing is trained with train_model_mode {mode!r} and train_embeddings false: change one.")
+    changed += sum(parameter.numel() for parameter in own if parameter.requires_grad)
+    share = changed / sum(parameter.numel() for parameter in own)
+    LOG.info("Model %r: %d parameters are trained, %.1f %% of its weights change.", described.name, number, 100 * share)
     if settings["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return outer
-
-
-def merged(outer: nn.Module) -> PreTrainedModel:
-    """Return the plain model, adapters merged into its weights."""
-    return outer.merge_and_unload() if hasattr(outer, "merge_and_unload") else outer
+        described.checkpoint_gradients()
+    return outer, {"parameters": number, "share": round(share, 6)}
 
 
 def parameter_groups(model: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,22 +118,3 @@ def parameter_groups(model: nn.Module, settings: dict[str, Any]) -> list[dict[st
         }
         for (decays, projects), parameters in sorted(groups.items(), key=lambda item: (not item[0][0], item[0][1]))
     ]
-
-
-def _embedding_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [parameter for layer in layers if layer is not None for parameter in layer.parameters()]
-
-
-def _with_adapters(model: PreTrainedModel, settings: dict[str, Any], seed: int) -> nn.Module:
-    import peft
-
-    config = peft.LoraConfig(
-        r=settings["model_lora_rank"],
-        lora_alpha=settings["model_lora_alpha"],
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(int(generator(seed, "lora").integers(2**63)))
-        return peft.get_peft_model(model, config)

@@ -10,9 +10,8 @@ from stages.core import stage
 from stages.core.seeds import seed_of
 from stages.losses import Needs
 from stages.losses.examples import Examples
-from stages.models.body import body_of
+from stages.models.description import describe
 from stages.models.loading import load_model, teacher_dtype
-from stages.models.output import find_head
 from stages.signals.compute import check_finite, teacher_pass, wanted_signals
 from stages.tokenization import ByteView
 from stages.tokenization.batches import token_places
@@ -29,8 +28,8 @@ def online_teacher(
     dtype = teacher_dtype(job.spec["train"].get("dtype", "auto"), device)
     model = load_model(job.spec["teacher_model"], job.inputs.get("teacher"), dtype).to(device).eval()
     model.requires_grad_(False)
-    head = find_head(model, view.vocab_size, name, view.name)
-    training.refuse_long(view, table, model, name)
+    teacher = describe(model, name, view.vocab_size, view.name)
+    training.refuse_long(view, table, teacher)
     kept = {"boundary": "boundary_logprob" in needs.teacher, "eos": "eos_logprob" in needs.teacher}
     mask = view.boundary_mask(job.spec["loss"]["space_mask_mode"])
     seed = seed_of(job.spec["seed"], "samples")
@@ -40,11 +39,11 @@ def online_teacher(
         batch = examples.teacher
         assert batch is not None
         order = np.argsort(-np.diff(batch.offsets), kind="stable")
-        found = teacher_pass(body_of(model), head, batch.ids, batch.offsets, order, wanted)
+        found = teacher_pass(teacher.body, teacher.head, batch.ids, batch.offsets, order, wanted)
         places = token_places(batch.offsets, order)
         for column, values in found.items():
             examples.signals[column] = np.empty_like(values)
             examples.signals[column][places] = values
         check_finite(examples.signals, batch.offsets, [str(i) for i in range(len(order))], name)
 
-    return ask, Side(head, model.get_input_embeddings())
+    return ask, teacher.side

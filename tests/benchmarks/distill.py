@@ -69,14 +69,14 @@ def train_once() -> None:
     arguments = parser.parse_args()
     from stages.alignment.pair import Pair
     from stages.distill import import_losses, joint_needs
-    from stages.models.output import find_head
+    from stages.models.description import describe
     from stages.signals.reader import open_signals
     from stages.tokenization import ByteView
     from stages.training.data import Collator
     from stages.training.modes import prepare_mode, settings_of
     from stages.training.student import Student
     from stages.training.trainer import Run, prepare_losses, train
-    from stages.vocabulary.head import Side, Sides
+    from stages.vocabulary.head import Sides
     from tests.benchmarks.signals import llama
 
     settings = settings_of(TRAIN)
@@ -88,9 +88,9 @@ def train_once() -> None:
     path = arguments.folder / "signals.parquet"
     signals = open_signals([path], sorted(needs.teacher)) if needs.teacher else None
     model = llama(128, 2, VOCAB)
-    prepare_mode(model, settings, 0)
-    head = find_head(model, view.vocab_size, "student", STUDENT)
-    sides = Sides(Side(head, model.get_input_embeddings()))
+    student = describe(model, "student", view.vocab_size, STUDENT)
+    prepare_mode(student, settings, 0)
+    sides = Sides(student.side)
     student = Student(model, sides, needs.student, view.boundary_mask("space+tab+newline+special"), view.eos_id)
     prepare = lambda examples: prepare_losses(losses, examples)  # noqa: E731
     options = {"batch_size": settings["batch_size"], "max_tokens": settings["max_tokens"], "seed": 0}

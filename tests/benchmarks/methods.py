@@ -64,14 +64,14 @@ def train_once() -> None:
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
     from stages.distill import import_losses, joint_needs, make_projectors
-    from stages.models.output import find_head
+    from stages.models.description import describe
     from stages.planning.methods import METHODS
     from stages.tokenization import ByteView
     from stages.training.data import Collator
     from stages.training.modes import prepare_mode, settings_of
     from stages.training.student import Student
     from stages.training.trainer import Run, prepare_losses, train
-    from stages.vocabulary.head import Side, Sides
+    from stages.vocabulary.head import Sides
     from tests.benchmarks.signals import llama
 
     name, _, predicted = arguments.method.partition(", ")
@@ -88,9 +88,9 @@ def train_once() -> None:
     teacher = view if method.same_tokenizer else ByteView.load(arguments.tokenizers / TEACHER)
     pair = open_pair(arguments.folder, teacher, view, needs) if needs.teacher else None
     model = llama(WIDTH, 2, VOCAB)
-    prepare_mode(model, settings, 0)
-    student = Side(find_head(model, view.vocab_size, "student", STUDENT), model.get_input_embeddings())
-    sides = Sides(student, teacher_side(teacher.vocab_size) if needs.teacher_head else None)
+    student = describe(model, "student", view.vocab_size, STUDENT)
+    prepare_mode(student, settings, 0)
+    sides = Sides(student.side, teacher_side(teacher.vocab_size) if needs.teacher_head else None)
     mask = view.boundary_mask("space+tab+newline+special")
     module = Student(model, sides, needs.student, mask, view.eos_id, make_projectors(losses, sides, pair, 0))
     signals = made_signals(arguments.folder, table, teacher, needs, method) if needs.teacher else None

@@ -36,8 +36,7 @@ def teacher_pass(folder: Path, width: int, layers: int, vocab: int, tokens: int,
     import numpy as np
     import torch
 
-    from stages.models.body import body_of
-    from stages.models.output import find_head
+    from stages.models.description import describe
     from stages.signals.compute import check_finite, wanted_signals
     from stages.signals.schema import columns_for
     from stages.signals.writer import writing
@@ -46,9 +45,9 @@ def teacher_pass(folder: Path, width: int, layers: int, vocab: int, tokens: int,
 
     model = llama(width, layers, vocab)
     source = np.random.default_rng(0)
-    head = find_head(model, vocab, "teacher", "random ids")
+    teacher = describe(model, "teacher", vocab, "random ids")
     wanted = wanted_signals(NEEDS, source.random(vocab) < 0.6, 0, torch.device("cpu"))
-    shard = Shard(body_of(model), head, wanted, BATCH_TOKENS, "teacher")
+    shard = Shard(teacher.body, teacher.head, wanted, BATCH_TOKENS, "teacher")
     windows = [token_window(source, tokens // WINDOWS, vocab) for _ in range(WINDOWS)]
     names = [[str(example) for example in range(len(window.exact))] for window in windows]
 

@@ -11,7 +11,7 @@ from stages.alignment.statistics import PairStatistics
 from stages.artifacts.schemas import TOKENS
 from stages.artifacts.tables import read_table
 from stages.core.errors import UserError
-from stages.models.loading import check_rows
+from stages.models.description import check_rows
 from stages.tokenization.sources import load
 from tests.unit import tiny
 from tests.unit import tokenizers_zoo as zoo

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from stages import evaluate
 from stages.core.errors import UserError
 from stages.evaluation import bits_per_byte, scoring
-from stages.models.output import find_head
+from stages.models.description import describe
 from stages.tokenization import ByteView
 from stages.tokenization.batches import length_batches
 from tests.unit import tiny
@@ -83,9 +83,9 @@ def test_batches_do_not_change_the_bits(root):
     scored = np.ones(len(ids), bool)
     scored[offsets[:-1]] = False
     scored[5] = False
-    head = find_head(model, 300, "tiny", "t")
-    one = scoring.token_bits(model, head, ids, offsets, scored, batch_tokens=1)
-    all_ = scoring.token_bits(model, head, ids, offsets, scored, batch_tokens=10000)
+    described = describe(model, "tiny", 300, "t")
+    one = scoring.token_bits(described, ids, offsets, scored, batch_tokens=1)
+    all_ = scoring.token_bits(described, ids, offsets, scored, batch_tokens=10000)
     np.testing.assert_allclose(one, all_, rtol=1e-5, atol=1e-6)
     assert one[5] == 0 and (one[offsets[:-1]] == 0).all() and (one[scored] > 0).all()
 

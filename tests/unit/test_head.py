@@ -120,12 +120,12 @@ def tiny(kind, vocab=41, **options):
 )
 def test_head_of_model_classes(kind, options):
     from stages.models.body import body_of
-    from stages.models.output import find_head
+    from stages.models.description import describe
 
     model = tiny(kind, **options)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    head = find_head(model, 37, "teacher", "small")  # four padding columns
+    head = describe(model, "teacher", 37, "small").head  # four padding columns
     ids = torch.arange(9)[None]
     logprobs = torch.log_softmax(model(input_ids=ids).logits[0, :, :37].float(), -1)
     hidden = body_of(model)(input_ids=ids).last_hidden_state[0]
@@ -136,15 +136,14 @@ def test_head_of_model_classes(kind, options):
 
 def test_refused_models():
     from stages.core.errors import UserError
-    from stages.models.loading import check_length
-    from stages.models.output import find_head
+    from stages.models.description import describe
 
     model = tiny("llama")
     with pytest.raises(UserError, match="'teacher' has 41 embedding rows but tokenizer 'big' has 50 ids"):
-        find_head(model, 50, "teacher", "big")
+        describe(model, "teacher", 50, "big")
     with pytest.raises(UserError, match=r"at most 64: cut the corpus shorter, with max_bytes: \d+"):
-        check_length(model, "teacher", 100, 300, "d0:0")
+        describe(model, "teacher", 41, "small").check_length(100, 300, "d0:0")
     forward = model.forward
-    model.forward = lambda **inputs: type("Output", (), {"logits": forward(**inputs).logits * 2})()
+    model.forward = lambda **inputs: type("Output", (), {"logits": forward(**inputs).logits ** 2})()
     with pytest.raises(UserError, match="in a way that this code does not know"):
-        find_head(model, 41, "teacher", "small")
+        describe(model, "teacher", 41, "small")

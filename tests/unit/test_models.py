@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from stages import evaluate, initialize, tokenizer
 from stages.core import code
 from stages.core.errors import UserError
-from stages.models.loading import cut_padding, load_model
+from stages.models.description import describe
+from stages.models.loading import load_model
 from stages.tokenization import ByteView
 
 from . import tiny
@@ -195,10 +196,10 @@ def test_padding_columns_are_cut_from_logits(world, tmp_path):
     model = tiny.llama(tmp_path / "model", 312, kind="gemma2", tied=True)
     ids = torch.arange(9)[None]
     before = model(input_ids=ids).logits
-    cut_padding(model, 300)
+    describe(model, "m", 312, "t").cut_padding()
+    assert torch.equal(model(input_ids=ids).logits, before)
+    describe(model, "m", 300, "t").cut_padding()
     assert torch.equal(model(input_ids=ids).logits, before[..., :300])
-    cut_padding(model, 312)
-    assert model(input_ids=ids).logits.shape[-1] == 300
 
 
 def test_fewer_rows_than_tokens_are_refused_by_lm_eval(world):

@@ -20,14 +20,14 @@ from stages.artifacts.schemas import EXAMPLES
 from stages.core.errors import UserError
 from stages.losses import Loss, sft
 from stages.models.body import body_of, hidden_states
-from stages.models.output import find_head
+from stages.models.description import describe
 from stages.tokenization import ByteView
 from stages.training import checkpoints
 from stages.training.data import Collator, generator, pack_rows, step_examples
 from stages.training.modes import DEFAULTS, prepare_mode, settings_of
 from stages.training.student import Student
 from stages.training.trainer import Run, _Trainer, learning_rate, prepare_losses, train
-from stages.vocabulary.head import Side, Sides
+from stages.vocabulary.head import Sides
 
 from . import tiny
 
@@ -70,15 +70,13 @@ def examples_table(number=17):
 def make_run(view, folder, rank=0, ranks=1, max_tokens=64, train=None, seed=1, model_seed=0, dropout=0.1):
     settings = settings_of(SETTINGS | (train or {}))
     model = tiny_model("llama", seed=model_seed, attention_dropout=dropout)
-    head = find_head(model, view.vocab_size, "tiny", view.name)
-    prepare_mode(model, settings, seed)
+    described = describe(model, "tiny", view.vocab_size, view.name)
+    prepare_mode(described, settings, seed)
     losses = [Loss("sft", sft, {}, 1.0)]
     prepare = lambda examples: prepare_losses(losses, examples)  # noqa: E731
     sizes = {"batch_size": settings["batch_size"], "max_tokens": max_tokens, "seed": seed, "rank": rank, "ranks": ranks}
     collate = Collator(examples_table(), view, None, None, prepare, **sizes)
-    student = Student(
-        model, Sides(Side(head, model.get_input_embeddings())), frozenset({"observed_logprob"}), None, None
-    )
+    student = Student(model, Sides(described.side), frozenset({"observed_logprob"}), None, None)
     return Run(student, losses, collate, settings, seed, folder)
 
 
@@ -90,7 +88,7 @@ def weights(run):
 def test_packed_equals_single(kind):
     options = {"sliding_window": 8, "final_logit_softcapping": 5.0} if kind == "gemma2" else {}
     model = tiny_model(kind, 97, **options)
-    head = find_head(model, 90, "tiny", "tiny")
+    head = describe(model, "tiny", 90, "tiny").head
     source = np.random.default_rng(0)
     lengths = [7, 12, 3, 12, 9]
     ids = [source.integers(0, 90, length) for length in lengths]
@@ -254,7 +252,8 @@ def test_schedules():
 )
 def test_modes(mode, embeddings):
     model = tiny_model("llama").to(torch.bfloat16)
-    prepare_mode(model, DEFAULTS | {"train_model_mode": mode, "train_embeddings": embeddings, "model_lora_rank": 2}, 1)
+    options = {"train_model_mode": mode, "train_embeddings": embeddings, "model_lora_rank": 2}
+    prepare_mode(describe(model, "tiny", 97, "tiny"), DEFAULTS | options, 1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert ("lm_head.weight" in trained) == ("model.embed_tokens.weight" in trained) == embeddings
