@@ -1,12 +1,15 @@
 """Low-rank adapters on every weight matrix of a model's body, by peft.
 
 A matrix is the weight of a linear layer, a stack of matrices in one parameter (fused experts, block-diagonal gates), or
-the weight of a layer of another class that multiplies by it (routers). Embeddings, the output layer, convolutions,
-norms, biases and other vectors get none; nor do layers that peft knows to be read past their adapter (those of Mamba's
-kernels). So all families are treated alike, whether their experts are linear layers or one tensor.
+the weight of a layer of another kind that multiplies by it (routers). Embeddings, the output layer, convolutions,
+norms, biases and other vectors get none; nor do layers whose weight the model reads without calling them (in Mamba's
+blocks and kernels), which would go past an adapter. So all families are treated alike, whether their experts are linear
+layers or one tensor.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.core.errors import UserError
 from stages.models.body import body_of
+from stages.models.probes import tried_layers
 
 LOG = logging.getLogger(__name__)
 LINEAR = (nn.Linear, Conv1D)
@@ -31,15 +35,16 @@ def add_adapters(model: PreTrainedModel, name: str, rank: int, alpha: float, see
 
     body = {id(parameter) for parameter in body_of(model).parameters()} - _embeddings(model)
     layers, parameters = matrices(model, body)
-    refused = [layer for layer in layers if _refuses(model, layer)]
-    layers = [layer for layer in layers if layer not in refused]
+    passed, odd = tried_layers(model, layers)
+    layers = [layer for layer in layers if layer not in passed | odd]
+    parameters += [f"{layer}.weight" for layer in sorted(odd)]
     sizes = {id(p): p.numel() for p in model.parameters()}
     reached = sum(model.get_parameter(f"{layer}.weight").numel() for layer in layers)
     reached += sum(model.get_parameter(parameter).numel() for parameter in parameters)
     share = reached / max(1, sum(sizes[key] for key in body))
     LOG.info(
         "Model %r: adapters on %d matrices, %.1f %% of the weights of its body%s.", name, len(layers) + len(parameters),
-        100 * share, f"; {len(refused)} layers cannot take one ({refused[0]})" if refused else "",
+        100 * share, f"; {len(passed)} layers cannot take one ({min(passed)})" if passed else "",
     )  # fmt: skip
     if share < LEAST_SHARE:
         raise UserError(
@@ -53,7 +58,8 @@ def add_adapters(model: PreTrainedModel, name: str, rank: int, alpha: float, see
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, config), reached
+            with _unnamed(model):
+                return peft.get_peft_model(model, config), reached
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(
                 f"Model {name!r} ({type(model).__name__}) cannot take adapters ({str(error).splitlines()[0]}): "
@@ -89,13 +95,11 @@ def _embeddings(model: PreTrainedModel) -> set[int]:
     return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
 
 
-def _refuses(model: PreTrainedModel, layer: str) -> bool:
-    """Return whether peft refuses an adapter for this layer of this model."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-
+@contextmanager
+def _unnamed(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the type of a model from peft, which takes names of layers for those that older transformers gave them."""
+    model.config.model_type = ""
     try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, layer.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
+        yield
+    finally:
+        del model.config.model_type

@@ -7,6 +7,7 @@ and the attention kernel that the job runs with, and trying it takes a few passe
 import logging
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ class Description:
         training = model.training
         model.eval()
         self.body = body_of(model)
+        self._forget_between_passes()
         self.head: Head = find_head(model, vocab, name)
         if probes.sees_later_tokens(model, vocab):
             raise UserError(
@@ -117,6 +119,18 @@ class Description:
                 f"Model {self.name!r} ({self.kind}) cannot recompute activations ({error}): "
                 "set train.gradient_checkpointing to false."
             ) from None
+
+    def _forget_between_passes(self) -> None:
+        """Make a body that keeps states in its modules begin every pass without a cache as it was made."""
+        kept = probes.kept_states(self.model, self.vocab)
+
+        def forget(_body: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:
+            if options.get("use_cache") is False:
+                for module, key, value in kept:
+                    setattr(module, key, value)
+
+        if kept:
+            self.body.register_forward_pre_hook(forget, with_kwargs=True)
 
     @property
     def _who(self) -> tuple[str, str]:

@@ -87,6 +87,54 @@ class _Forced:
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
+def tried_layers(model: PreTrainedModel, layers: list[str]) -> tuple[set[str], set[str]]:
+    """Return (names of `layers` whose weight the body reads without calling them, of those that return no tensor)."""
+    called: dict[str, bool] = {}
+
+    def note(name: str) -> Any:
+        return lambda _module, _inputs, output: called.update({name: isinstance(output, torch.Tensor)})
+
+    hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in layers]
+    ids = check_ids(model.get_input_embeddings().weight.shape[0], model.device)
+    try:
+        with torch.no_grad():
+            body_of(model)(input_ids=ids, use_cache=False)
+        weights = {name: model.get_submodule(name).weight for name in layers if name not in called}
+        read = _have_gradients(model, ids, list(weights.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    passed = {name for name, found in zip(weights, read, strict=True) if found}
+    return passed, {name for name, tensor in called.items() if not tensor}
+
+
+def _have_gradients(model: PreTrainedModel, ids: torch.Tensor, weights: list[torch.Tensor]) -> list[bool]:
+    """Return whether the states of the body depend on each of `weights`."""
+    asked = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_()
+    with torch.enable_grad():
+        states = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state.float() if weights else None
+    found = torch.autograd.grad(states.square().sum(), weights, allow_unused=True) if states is not None else []
+    for weight, before in zip(weights, asked, strict=True):
+        weight.requires_grad_(before)
+    return [gradient is not None for gradient in found]
+
+
+def kept_states(model: PreTrainedModel, vocab: int) -> list[tuple[nn.Module, str, Any]]:
+    """Return (module, attribute, value before) of what a pass of the body leaves in its modules."""
+    body = body_of(model)
+    before = {id(module): dict(vars(module)) for module in body.modules()}
+    with torch.no_grad():
+        body(input_ids=check_ids(vocab, model.device), use_cache=False)
+    return [
+        (module, key, before[id(module)].get(key))
+        for module in body.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and before[id(module)].get(key) is not value
+    ]
+
+
 def _depends(model: PreTrainedModel, ids: torch.Tensor, options: dict[str, Any], read: slice, seen: slice) -> bool:
     """Return whether states at the places `read` depend on the embeddings at the places `seen`: by the gradient.
 
