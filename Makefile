@@ -18,7 +18,7 @@ methods: .venv/ready ## compare every method over three seeds, ends in results/m
 	@echo "The report is results/methods/report.html"
 
 test: .venv/ready   ## run every test that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 
 bench: .venv/ready  ## measure the benchmarks: one table, and results/bench.json
 	$(BIN)/python -m tests.benchmarks
@@ -29,7 +29,8 @@ lint: .venv/ready   ## check style: ruff, snakefmt, snakemake --lint
 	$(BIN)/snakemake --lint
 
 clean:           ## remove results and the environment
-	rm -rf results .snakemake .venv
+	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	rm -rf .snakemake .venv
 
 .venv/ready: envs/requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }

@@ -10,6 +10,8 @@ import pytest
 
 # Before torch starts its threads; programs do the same (stages/core/stage.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes on these cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -21,6 +23,21 @@ def pytest_addoption(parser):
         "--golden", type=Path, default=None, help=f"golden numbers (default: {shared}, else tests/golden/figures)"
     )
     parser.addoption("--tokenizers", type=Path, default=None, help="folder of real tokenizers, one folder each")
+
+
+# Run together on one worker, first and in this order: they share a Slurm, or a finished run of the workflow.
+SHARING = ("tests/cluster", "tests/workflow")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Group tests for several workers: those of SHARING by folder, the others by file; a table's rows are free."""
+    for item in items:
+        place = item.path.relative_to(REPOSITORY).as_posix()
+        shared = next((folder for folder in SHARING if place.startswith(folder)), None)
+        if shared or not item.get_closest_marker("table"):
+            item.add_marker(pytest.mark.xdist_group(shared or place))
+    items.sort(key=lambda item: next((n for n, folder in enumerate(SHARING) if folder in item.nodeid), len(SHARING)))
 
 
 @pytest.fixture(scope="session")

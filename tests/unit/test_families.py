@@ -31,6 +31,7 @@ from . import tiny
 from .families import FAMILIES, VOCAB
 from .families import tiny as tiny_model
 
+pytestmark = pytest.mark.table
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
