@@ -111,13 +111,13 @@ def generate(
 
     from stages.artifacts.schemas import GENERATIONS
     from stages.artifacts.tables import read_table, write_table
-    from stages.generation.sampling import use_settings
-    from stages.models.configuration import endings as own_endings
+    from stages.models import configuration
     from stages.tokenization.batches import length_batches
 
     sampling = job.spec["sampling"]
-    endings = ending_ids(view, own_endings(teacher.model))
-    use_settings(teacher.model, sampling["max_new_tokens"], sorted(endings | view.special_ids), view.pad_id)
+    endings = ending_ids(view, configuration.endings(teacher.model))
+    ends = sorted(endings | view.special_ids)
+    configuration.set_generation(teacher.model, sampling["max_new_tokens"], ends, view.pad_id)
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(ids) + sampling["max_new_tokens"] for ids in encoded.ids]) * encoded.exact
     done: dict[int, dict[str, Any]] = {}

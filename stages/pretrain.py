@@ -54,6 +54,7 @@ def random_model(architecture: dict[str, Any], view: "ByteView", seed: int) -> "
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from stages.models.configuration import set_special_ids
     from stages.training.data import generator
 
     fields = dict(architecture)
@@ -66,7 +67,7 @@ def random_model(architecture: dict[str, Any], view: "ByteView", seed: int) -> "
         torch.manual_seed(int(generator(seed, "weights").integers(2**63)))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Named only now: transformers would make the row of the padding token, often the start token too, zeros.
-    model.config.pad_token_id = model.generation_config.pad_token_id = view.pad_id
+    set_special_ids(model, view.roles, view.start_id, view.pad_id)
     return model
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -15,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from stages.models.configuration import padding_id
 from stages.models.description import Description
 
 
@@ -49,26 +49,16 @@ def warpers(sampling: dict[str, Any]) -> LogitsProcessorList:
     return chosen
 
 
-def use_settings(model: PreTrainedModel, max_new_tokens: int, endings: Sequence[int], pad_id: int) -> None:
-    """Make `generate` search greedily with a cache and nothing of the model's own defaults."""
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(endings) or None,
-        pad_token_id=pad_id,
-    )
-
-
 def generate_batch(
     teacher: Description, prompts: Sequence[np.ndarray], sampling: dict[str, Any], uniforms: np.ndarray | None
 ) -> np.ndarray:
     """Return int64 [rows, steps]: the tokens after each prompt (int arrays), padding after an ending token.
 
     A model that would give other answers in a batch gets one prompt at a time. `uniforms` float64 [rows,
-    max_new_tokens] in [0, 1) for draws, None for the likeliest token at every step. `use_settings` comes first.
+    max_new_tokens] in [0, 1) for draws, None for the likeliest token at every step. `set_generation` of
+    `stages.models.configuration` comes first.
     """
-    pad = teacher.model.generation_config.pad_token_id
+    pad = padding_id(teacher.model)
     if len(prompts) == 1 or teacher.generates_in_batches(pad):
         return _generate_together(teacher.model, prompts, sampling, uniforms)
     places = range(len(prompts))
@@ -87,7 +77,7 @@ def _generate_together(
     """Return what `generate_batch` does, of prompts padded on the left to one batch."""
     width = max(len(ids) for ids in prompts)
     within = np.arange(width)[None, :] >= width - np.array([len(ids) for ids in prompts])[:, None]
-    padded = np.full(within.shape, model.generation_config.pad_token_id, np.int64)
+    padded = np.full(within.shape, padding_id(model), np.int64)
     padded[within] = np.concatenate(prompts)
     processors = LogitsProcessorList() if uniforms is None else [Draw(uniforms, warpers(sampling), width)]
     found = model.generate(

@@ -1,10 +1,10 @@
 """A model's configurations: what is read of them, and what is written into them when its vocabulary changes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from stages.core.errors import UserError
 
@@ -45,6 +45,22 @@ def endings(model: PreTrainedModel) -> list[int]:
     """Return the ids at which the model's own generation settings say that a text ends."""
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     return [named] if isinstance(named, int) else list(named or [])
+
+
+def padding_id(model: PreTrainedModel) -> int:
+    """Return the id that fills rows of a batch, after `set_generation`."""
+    return model.generation_config.pad_token_id
+
+
+def set_generation(model: PreTrainedModel, max_new_tokens: int, ends: Sequence[int], pad_id: int) -> None:
+    """Make `generate` search greedily with a cache, until one of `ends`, with nothing of the model's own defaults."""
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad_id,
+    )
 
 
 def set_vocabulary(model: PreTrainedModel, name: str, rows: int, tied: bool) -> None:

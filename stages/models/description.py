@@ -7,7 +7,7 @@ and the attention kernel that the job runs with, and trying it takes a few passe
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from stages.models.output import find_head
 from stages.vocabulary.head import Head, Side
 
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Description:
@@ -35,17 +36,8 @@ class Description:
         self.embed: nn.Module = model.get_input_embeddings()
         self._batches: dict[int, bool] = {}
         self.dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
-        training = model.training
-        model.eval()
         self.body = body_of(model)
-        self._forget_between_passes()
-        self.head: Head = find_head(model, vocab, name)
-        if probes.sees_later_tokens(model, vocab):
-            raise UserError(
-                f"Model {name!r} ({self.kind}) is no causal language model: what it says at a token depends on the "
-                "tokens after it; choose another model, or set is_decoder in its config.json if it was trained so."
-            )
-        model.train(training)
+        self.head: Head = self._tried(self._find)
 
     @property
     def kind(self) -> str:
@@ -120,6 +112,17 @@ class Description:
                 "set train.gradient_checkpointing to false."
             ) from None
 
+    def _find(self, model: PreTrainedModel, vocab: int) -> Head:
+        """Return the output layer of a model that is causal."""
+        self._forget_between_passes()
+        head = find_head(model, vocab, self.name)
+        if probes.sees_later_tokens(model, vocab):
+            raise UserError(
+                f"Model {self.name!r} ({self.kind}) is no causal language model: what it says at a token depends on "
+                "the tokens after it; choose another model, or set is_decoder in its config.json if it was trained so."
+            )
+        return head
+
     def _forget_between_passes(self) -> None:
         """Make a body that keeps states in its modules begin every pass without a cache as it was made."""
         kept = probes.kept_states(self.model, self.vocab)
@@ -136,11 +139,20 @@ class Description:
     def _who(self) -> tuple[str, str]:
         return self.name, self.kind
 
-    def _tried(self, probe: Callable[[PreTrainedModel, int], bool]) -> bool:
+    def _tried(self, probe: Callable[[PreTrainedModel, int], T]) -> T:
+        """Return what a probe finds of the model in evaluation; UserError when the model cannot be run at all."""
         training = self.model.training
         self.model.eval()
         try:
             return probe(self.model, self.vocab)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the code of a model type raises
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+            raise UserError(
+                f"Model {self.name!r} ({self.kind}) cannot be run on a few tokens ({type(error).__name__}: {reason}): "
+                "choose another model, or mend its config.json."
+            ) from error
         finally:
             self.model.train(training)
 

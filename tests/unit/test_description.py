@@ -13,9 +13,9 @@ from stages import distill, evaluate
 from stages.core.errors import UserError
 from stages.embeddings import fvt
 from stages.embeddings.replacement import replace_embeddings
-from stages.generation.sampling import generate_batch, use_settings
+from stages.generation.sampling import generate_batch
 from stages.models.adapters import add_adapters, merged
-from stages.models.configuration import positions, set_special_ids
+from stages.models.configuration import positions, set_generation, set_special_ids
 from stages.models.description import describe
 from stages.models.export import save_model
 from stages.models.loading import load_model
@@ -172,7 +172,7 @@ def test_models_that_pack(kind):
 
 def test_a_model_that_answers_otherwise_in_a_batch_gets_one_prompt_at_a_time(caplog):
     found = described(tiny_model("rwkv"))
-    use_settings(found.model, 4, [1], 2)
+    set_generation(found.model, 4, [1], 2)
     with caplog.at_level(logging.INFO, "stages"):
         generate_batch(found, [np.arange(3, 9), np.arange(3, 6)], {}, None)
     assert "prompts come one at a time" in caplog.text
@@ -190,6 +190,16 @@ def test_models_that_see_later_tokens_are_refused(kind):
 def test_models_whose_output_layer_is_more_than_a_matrix_are_refused(kind):
     with pytest.raises(UserError, match=r"Model 'm' \(\w+\) makes its logits in a way that this code does not know"):
         described(tiny_model(kind))
+
+
+@pytest.mark.parametrize(
+    "kind,options", [("xmod", {}), ("reformer", {"is_decoder": True}), ("longcat_flash", {"head_dim": 6})]
+)
+def test_a_model_that_cannot_be_run_is_one_sentence(kind, options):
+    with pytest.raises(
+        UserError, match=r"^Model 'm' \(\w+\) cannot be run on a few tokens \(\w+: .+\): choose another"
+    ):
+        described(tiny_model(kind, **options))
 
 
 # ---- adapters

@@ -13,11 +13,11 @@ from stages.alignment.pair import Pair
 from stages.artifacts.schemas import EXAMPLES
 from stages.embeddings.replacement import replace_embeddings
 from stages.evaluation.scoring import token_bits
-from stages.generation.sampling import generate_batch, use_settings
+from stages.generation.sampling import generate_batch
 from stages.losses import Loss, alm, sft
 from stages.models.adapters import merged
 from stages.models.body import hidden_states
-from stages.models.configuration import set_special_ids
+from stages.models.configuration import set_generation, set_special_ids
 from stages.models.description import describe
 from stages.models.export import save_model
 from stages.tokenization import ByteView
@@ -102,7 +102,7 @@ def test_packed_equals_alone(kind, views, table):
 def test_generated_in_a_batch_equals_alone(kind, views):
     found = described(kind)
     prompts = [np.arange(length, dtype=np.int32) * 5 % 300 + 3 for length in (11, 3, 7)]
-    use_settings(found.model, 6, [1], 2)
+    set_generation(found.model, 6, [1], 2)
     together = generate_batch(found, prompts, {}, None)
     for row, prompt in zip(together, prompts, strict=True):
         alone = generate_batch(found, [prompt], {}, None)[0]
