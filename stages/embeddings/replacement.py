@@ -7,6 +7,7 @@ from stages.embeddings.fvt import Plan
 from stages.embeddings.rows import assemble
 from stages.models.configuration import set_vocabulary
 from stages.models.description import Description
+from stages.models.probes import looked_up
 
 
 def replace_embeddings(described: Description, plan: Plan, rows: int, seed: int, untie: bool) -> torch.Tensor:
@@ -16,6 +17,11 @@ def replace_embeddings(described: Description, plan: Plan, rows: int, seed: int,
     `rows` is the number of source rows that belong to tokens. `untie` gives tied models a head of their own.
     UserError for a model that could not be opened again with another vocabulary.
     """
+    if len(looked_up(described.model, described.vocab)) != 1:
+        raise UserError(
+            f"Model {described.name!r} ({described.kind}) keeps more embeddings of its tokens than those of its input, "
+            "which cannot be made for another tokenizer: choose another model."
+        )
     inputs, head, tied = described.embed, described.head.layer, described.tied
     fresh = assemble(inputs.weight, plan, rows, seed, "input embeddings")
     output = (

@@ -121,6 +121,25 @@ def _have_gradients(model: PreTrainedModel, ids: torch.Tensor, weights: list[tor
     return [gradient is not None for gradient in found]
 
 
+def looked_up(model: PreTrainedModel, vocab: int) -> list[nn.Module]:
+    """Return the layers that look up the token ids themselves: the input embeddings, and whatever else does."""
+    ids, found = check_ids(vocab, model.device), []
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor) and torch.equal(inputs[0], ids):
+            found.append(module)
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with torch.no_grad():
+            body_of(model)(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(found))
+
+
 def kept_states(model: PreTrainedModel, vocab: int) -> list[tuple[nn.Module, str, Any]]:
     """Return (module, attribute, value before) of what a pass of the body leaves in its modules."""
     body = body_of(model)
