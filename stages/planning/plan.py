@@ -251,7 +251,7 @@ class _Planner:
             if (self.tokenizers(other), entry.get("corpus")) == like
         ]
         every = any("every_bias" in method_of(loss, entry).pair for entry in beside for loss in entry["losses"])
-        spec = {"pairs": "all" if every else self.config["tokenizer_bias"]["pairs"]}
+        spec = self.config["tokenizer_bias"] | ({"pairs": "all"} if every else {})
         return self._of_pair("tokenizer_bias", name, "bias", spec, statistics=self.statistics(name))
 
     def _of_pair(self, stage: str, name: str, part: str, spec: dict[str, Any], **inputs: str) -> str:
