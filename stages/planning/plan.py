@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stages.core import code, specs
-from stages.planning import sources
+from stages.planning import shapes, sources
 from stages.planning.methods import METHODS, aggregation_of, method_of, options_of, signal_needs
 
 
@@ -188,6 +188,7 @@ class _Planner:
         model, start = self.initialized(name)
         if not entry["losses"]:
             return model, start
+        shapes.check_latents(f"experiments.{name}", entry, self.config["models"])
         methods = {loss: method_of(loss, entry) for loss in entry["losses"]}
         losses = [
             {"name": loss, "module": method.module, "chunks": method.chunks, "weight": weight, "schedule": schedule}
