@@ -68,13 +68,14 @@ def vocabulary(view: "ByteView") -> "Vocabulary":
     """Return what FVT reads of a ByteView."""
     import json
 
+    from stages.tokenization.specials import own_roles
     from stages.tokenization.spelling import Vocabulary
 
     added = json.loads((view.folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     duplicates = [i for i, content in enumerate(view.token_bytes) if content and view.id_of_bytes[content] != i]
     return Vocabulary(
         view.token_bytes,
-        roles=view.roles,
+        roles=own_roles(view),
         special_texts={token["id"]: token["content"] for token in added if token["id"] in view.special_ids},
         duplicate_ids=frozenset(duplicates),
         encode=lambda texts: view.text_ids(texts, [False] * len(texts)),

@@ -21,9 +21,13 @@ def main(argv: list[str] | None = None) -> None:
     chunk_ends: of the pairs that end a chunk somewhere in the corpus; all: of every suffix pair.
     """
     job = stage.parse("stages.tokenizer_bias", __doc__, argv)
+    from stages.alignment.bias import SMOOTHING, biases, suffix_pairs
+
+    smoothing = job.spec.get("additive_smoothing_constant", SMOOTHING)
+    if not smoothing >= 0:
+        raise UserError(f"additive_smoothing_constant is {smoothing}; it must be a number from 0 on.")
     import pyarrow as pa
 
-    from stages.alignment.bias import biases, suffix_pairs
     from stages.artifacts.schemas import BIAS
     from stages.artifacts.tables import write_table
     from stages.tokenization import ByteView
@@ -32,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = read_counts(job, views)
     with job.publish() as draft:
         pairs = suffix_pairs(*views) if job.spec["pairs"] == "all" else chunk_ends(job, *views)
-        values = biases(*views, counts, pairs)
+        values = biases(*views, counts, pairs, smoothing)
         columns = []
         for view, ids in zip(views, pairs, strict=True):
             columns += [ids, [view.token_bytes[i] for i in ids.tolist()]]

@@ -1,12 +1,13 @@
 """Tokenization bias: what a token boundary rules out in one tokenizer and not in the other.
 
 For a pair (t, s) of tokens of which one's bytes are a suffix of the other's, with the cover dictionaries of
-`stages.alignment.covers` and unigram probabilities p(v) proportional to count(v) + SMOOTHING * (sum of counts):
+`stages.alignment.covers` and unigram probabilities p(v) proportional to count(v) + smoothing * (sum of counts):
 
     bias1(t, s) = sum over the keys k of D_T(t) that D_S(s) has not, of p_T(D_T(t)[k])
     bias2(t, s) = the same with the sides exchanged.
 
-Reference: tokenkit, `scripts/compute_tokenizer_info.py`, which computes both dictionaries anew for every pair.
+Reference: tokenkit, `scripts/compute_tokenizer_info.py`, which computes both dictionaries anew for every pair and calls
+the smoothing `additive_smoothing_constant`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from stages.alignment.covers import CoverFinder, Covers
 from stages.tokenization.encoding import SLOTS_PER_MESSAGE, EncodedBatch
 from stages.tokenization.view import ByteView
 
-SMOOTHING = 1e-9
+SMOOTHING = 1e-9  # tokenkit's default
 _ROWS = 1 << 20  # entries compared together
 
 
@@ -80,7 +81,11 @@ class ChunkEnds:
 
 
 def biases(
-    teacher: ByteView, student: ByteView, counts: tuple[np.ndarray, np.ndarray], pairs: TokenPairs
+    teacher: ByteView,
+    student: ByteView,
+    counts: tuple[np.ndarray, np.ndarray],
+    pairs: TokenPairs,
+    smoothing: float = SMOOTHING,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (bias1, bias2) of suffix pairs, float64 [n] each; `counts` int64 [vocab] of teacher and student tokens.
 
@@ -105,12 +110,14 @@ def biases(
     result = []
     for k, (view, count, ids) in enumerate(zip(views, counts, pairs, strict=True)):
         totals = sides[k].count_sums()[rows[k]]
-        result.append(probability_mass(totals - common[:, k + 1], sizes[k] - common[:, 0], count))
+        result.append(probability_mass(totals - common[:, k + 1], sizes[k] - common[:, 0], count, smoothing))
         blank |= _is_blank(view)[ids]
     return np.where(blank, 1.0, result[0]), np.where(blank, 1.0, result[1])
 
 
-def probability_mass(occurrences: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def probability_mass(
+    occurrences: np.ndarray, tokens: np.ndarray, counts: np.ndarray, smoothing: float = SMOOTHING
+) -> np.ndarray:
     """Return the smoothed unigram probability of so many distinct tokens that occur so often together.
 
     `counts` int64 [vocab]: occurrences of every token. A text without any token leaves nothing to tell: all are alike.
@@ -118,7 +125,7 @@ def probability_mass(occurrences: np.ndarray, tokens: np.ndarray, counts: np.nda
     total = int(counts.sum())
     if not total:
         return tokens / len(counts)
-    return (occurrences / total + SMOOTHING * tokens) / (1 + SMOOTHING * len(counts))
+    return (occurrences / total + smoothing * tokens) / (1 + smoothing * len(counts))
 
 
 class _Side(NamedTuple):

@@ -9,7 +9,7 @@ wants the longest prefix reads `prefix_id`, and one that wants MinED reads the m
 - Ids with the same bytes have the same match. Of target ids with the same bytes the one that `ByteView.id_of_bytes`
   names is matched, the others never are; a runner-up always has other bytes.
 - A byte fallback `<0xNN>` is the byte NN, and takes part like any token.
-- Specials are matched by role, then by their text, then by what stands in for the role; never by edit distance.
+- Specials are matched as `stages.tokenization.specials` says, never by edit distance.
 - An id without a token (a hole) has no match.
 """
 
@@ -19,10 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.alignment.nearest import nearest
+from stages.tokenization.specials import counterpart, own_roles
 from stages.tokenization.view import ByteView
-
-# What stands for a special token that the target has none of.
-_STAND_IN = {"bos": "eos", "pad": "eos", "end_of_turn": "eos"}
 
 
 class Match(NamedTuple):
@@ -54,7 +52,7 @@ def mine(target: ByteView, source: ByteView, max_distance: float) -> Iterator[Ma
 
     `max_distance` is a distance divided by the two lengths together, as in CDM: mined matches below it are reliable.
     """
-    known = target.id_of_bytes
+    known, roles = target.id_of_bytes, own_roles(source) if source.special_ids else {}
     missing = [token for token in dict.fromkeys(source.token_bytes) if token and token not in known]
     mined = dict(zip(missing, _mined(missing, target, max_distance), strict=True))
     for identity, token in enumerate(source.token_bytes):
@@ -62,8 +60,10 @@ def mine(target: ByteView, source: ByteView, max_distance: float) -> Iterator[Ma
             yield Match(known[token], token, "exact", 0, 0.0, 1.0, True, -1, -1, known[token])
         elif token in mined:
             yield mined[token]
-        elif identity in source.special_ids and (found := _special(target, source, identity)) is not None:
-            yield Match(found, target.token_bytes[found], "special", 0, 0.0, 1.0, True, -1, -1, found)
+        elif identity in source.special_ids:
+            text = source.string_of(identity)
+            found = counterpart(identity, text, roles, target.roles, target.special_named)
+            yield _NONE if found is None else Match(found, None, "special", 0, 0.0, 1.0, True, -1, -1, found)
         else:
             yield _NONE
 
@@ -117,14 +117,3 @@ def _mined(tokens: list[bytes], target: ByteView, max_distance: float) -> Iterat
             ids[index], choices[index], "mined", distance, normalised, confidence, normalised < max_distance,
             runner_up, second, prefix,
         )  # fmt: skip
-
-
-def _special(target: ByteView, source: ByteView, identity: int) -> int | None:
-    """Return the special of the target for one of the source: of a role it has, of its text, or a stand-in's."""
-    own = [source.role_of[identity], *(role for role, special in source.roles.items() if special == identity)]
-    found = next((target.roles[role] for role in own if role in target.roles), None)
-    if found is None:
-        found = target.special_named(source.string_of(identity))
-    if found is None:
-        found = next((target.roles[_STAND_IN[role]] for role in own if _STAND_IN.get(role) in target.roles), None)
-    return found

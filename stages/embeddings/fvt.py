@@ -2,26 +2,17 @@
 
 Gee et al. 2022 (arXiv 2402.09977), in the byte-level variant of tokenkit (`tokenkit/utils.py: fvt`). It differs
 from tokenkit where tokenkit errs:
-- A special takes the row of a special, an ordinary token never does; eos is mapped too. (tokenkit fills the
-  newline of Qwen from `<|end_header_id|>` of Llama 3 and leaves eos out.)
+- A special takes the row of a special (`stages.tokenization.specials`), an ordinary token never does; eos is mapped
+  too, and before pad. (tokenkit fills the newline of Qwen from `<|end_header_id|>` of Llama 3 and leaves eos out, so
+  that the `<|endoftext|>` of Qwen gets the row of Gemma's `<pad>`.)
 - Bytes that are no UTF-8 on their own are cut into the fewest source tokens, where tokenkit draws at random.
 - An encoding that does not give the bytes back (a normaliser, a prefix space, unk) is replaced likewise.
 """
 
 from dataclasses import dataclass
 
+from stages.tokenization.specials import counterpart
 from stages.tokenization.spelling import Vocabulary, decompose, ids_by_bytes
-
-# Roles in the order in which a special with several of them is matched, and what may stand in for a missing one.
-SUBSTITUTES = {
-    "eos": ("end_of_turn", "bos"),
-    "bos": ("eos",),
-    "pad": ("eos", "bos"),
-    "unk": (),
-    "end_of_turn": ("eos",),
-    "header": (),
-    "end_header": (),
-}
 
 
 @dataclass(frozen=True)
@@ -75,18 +66,14 @@ def uniform_plan(size: int, rule: str, rows: int) -> Plan:
 
 
 def _match_specials(target: Vocabulary, source: Vocabulary, rows: int) -> dict[int, int]:
-    """Map special target ids to special source ids: by role, else by written form, else by a substitute role."""
+    """Map special target ids to the special source ids with an embedding that stand for them."""
     available = {role: index for role, index in source.roles.items() if index < rows}
     by_text = {text: index for index, text in sorted(source.special_texts.items(), reverse=True) if index < rows}
-    matched = {}
-    for index, text in target.special_texts.items():
-        own = [role for role in SUBSTITUTES if target.roles.get(role) == index]
-        candidates = [available[role] for role in own if role in available]
-        candidates += [by_text[text]] if text in by_text else []
-        candidates += [available[other] for role in own for other in SUBSTITUTES[role] if other in available]
-        if candidates:
-            matched[index] = candidates[0]
-    return matched
+    found = {
+        index: counterpart(index, text, target.roles, available, by_text.get)
+        for index, text in target.special_texts.items()
+    }
+    return {index: other for index, other in found.items() if other is not None}
 
 
 def _content(vocabulary: Vocabulary, index: int) -> bytes:

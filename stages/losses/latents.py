@@ -5,11 +5,15 @@ one, relative to the teacher's own size: the mean square (or absolute value) of 
 of each channel or of all together. That mean is over the optimizer step (`Prepared.totals`), as in a reference that
 sees the whole batch at once, so splitting a batch changes nothing.
 
+With `latents_to_align` all_hidden_states the student may have n layers more than the teacher: as with tokenkit's prefix
+layers, state i of the teacher is compared with state i + n of the student, the teacher's embedding (state 0) with the
+output of the student's layer n, and the last with the last. States 0 to n - 1 of the student are free.
+
 tokenkit differs in this: it ignores loss masks, here chunks outside what is trained do not count; and it has a third
 choice of `latents_to_align`, qkv, which its own models refuse to give and which is not supported here.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -63,10 +67,12 @@ def needs(options: dict[str, Any]) -> Needs:
 
 def projectors(options: dict[str, Any], sides: "Sides", generator: torch.Generator, pair: Any) -> nn.Module:
     """Return the layer from the student's size to the teacher's; without `latents_do_project`, nothing to train."""
-    if not (DEFAULTS | options)["latents_do_project"]:
-        return nn.Identity()
-    assert sides.teacher is not None
-    return linear(sides.student.head.weight.shape[1], sides.teacher.head.weight.shape[1], generator)
+    sizes = [side.head.weight.shape[1] for side in sides if side is not None]
+    if (DEFAULTS | options)["latents_do_project"]:
+        return linear(*sizes, generator)
+    if len(set(sizes)) > 1:
+        refuse_sizes(options, *sizes)
+    return nn.Identity()
 
 
 def prepare(examples: "Examples", options: dict[str, Any]) -> Prepared:
@@ -89,7 +95,7 @@ def loss(
     states = student["projectors"](states)
     if states.dim() == 2:
         states = states[:, None]
-    _check_sizes(states.shape[1:], arrays["teacher"].shape[1], student["sides"])
+    states = last_layers(states, arrays["teacher"].shape[1], student["sides"], options)
     teacher = arrays["teacher"].view(states.shape)
     power = arrays["power"].view(states.shape[1:])
     return latent_distance(states, teacher, power, arrays["chunks"], options["latents_normalization"]).sum(), {}
@@ -110,19 +116,29 @@ def latent_distance(
     return distance.mean((-2, -1))
 
 
-def _check_sizes(layers: torch.Size, width: int, sides: "Sides") -> None:
-    """Raise UserError unless the teacher, with `width` numbers per token, has the student's (layers, size)."""
-    count, size = layers
+def last_layers(states: torch.Tensor, width: int, sides: "Sides", options: dict[str, Any]) -> torch.Tensor:
+    """Return of the student's states [C, layers, d] the last ones, as many as the teacher has.
+
+    `width`: how many numbers the teacher's states have per token. UserError unless both are of one size and the student
+    has no fewer layers.
+    """
+    size = states.shape[2]
     teacher_size = sides.teacher.head.weight.shape[1] if sides.teacher else width
-    if (count, size) == (width // teacher_size, teacher_size):
-        return
-    if count == 1:
+    if size != teacher_size:
+        refuse_sizes(options, size, teacher_size)
+    number = width // teacher_size
+    if number > states.shape[1]:
         raise UserError(
-            f"alm_latents compares hidden states of {teacher_size} numbers (teacher) and {size} (student): "
-            "set latents_do_project: true."
+            "alm_latents with latents_to_align all_hidden_states needs a student with at least the teacher's layers, "
+            f"but the teacher has {number - 1}, the student {states.shape[1] - 1}: align last_hidden_state."
         )
+    return states[:, -number:]
+
+
+def refuse_sizes(options: dict[str, Any], size: int, teacher_size: int) -> NoReturn:
+    """Raise UserError about states that have different sizes and no layer between them."""
+    every = (DEFAULTS | options)["latents_to_align"] == "all_hidden_states"
+    remedy = "align last_hidden_state with latents_do_project: true" if every else "set latents_do_project: true"
     raise UserError(
-        "alm_latents with latents_to_align all_hidden_states needs models of one shape, but the teacher has "
-        f"{width // teacher_size - 1} layers of {teacher_size}, the student {count - 1} of {size}: "
-        "align last_hidden_state."
+        f"alm_latents compares hidden states of {teacher_size} numbers (teacher) and {size} (student): {remedy}."
     )

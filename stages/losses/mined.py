@@ -5,10 +5,12 @@ compared, each student token having the logit of the teacher token that it was m
 any other chunk is learned from the text. So the row before such a token can count twice, and the row after one not at
 all. tokenkit leaves out the chunk of an example's first token; here it counts, as both sides have read it. A token in
 no chunk is learned from the text as well.
-`baseline_minED` is FuseLLM's (arXiv 2401.10491) as DSKD has it: tokens that a string alignment joins one to one, and
-that stand for each other, give the teacher's distribution to the student's row, each teacher token its logit to the
-student token that it was mined to (`mapped.gathered`); every other row learns the token that follows. FuseLLM took the
-token of the row itself there.
+`baseline_minED` is FuseLLM's (arXiv 2401.10491) as DSKD has it: where a string alignment joins a student token with one
+teacher token alone, which was mined to it, the student's row has that teacher token's distribution, each teacher token
+its logit to the student token that it was mined to (`mapped.gathered`); every other row learns the token that follows.
+FuseLLM took the token of the row itself there. The teacher's token may be joined with more student tokens: the one that
+it was mined to still has its row. Mining goes from teacher to student alone, as in both: the teacher's token that is
+nearest to a student token does not make them a pair.
 
 The comparison is `baseline.divergence`, by default forward KL, as in FuseLLM, and in tokenkit whatever it is set to.
 Both sides are at `baseline.kd_temp`. A one-hot target is not tempered: cross entropy of the student at that
@@ -32,7 +34,7 @@ from stages.losses.mapped import (
     spread,
 )
 from stages.losses.sft import target_rows
-from stages.losses.token_alignment import aligned_tokens, segments, token_costs, warp
+from stages.losses.token_alignment import aligned_tokens, flat_places, token_costs, warp
 
 if TYPE_CHECKING:
     from stages.losses.examples import Examples
@@ -111,21 +113,19 @@ def one_to_one_rows(examples: "Examples") -> tuple[np.ndarray, np.ndarray, np.nd
 def joined_rows(examples: "Examples") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (teacher rows, student rows) of tokens that the alignment joins, and the other rows of the student.
 
-    Aligned are the tokens of the rows that predict a trained token. Joined is one token with one, which are the same or
-    mined to each other.
+    Aligned are the tokens of the rows that predict a trained token. Joined is a student token with its only teacher
+    token, if that one is mined to it (as every token is to its equal).
     """
     pair = examples.pair
-    assert pair is not None and pair.to_teacher is not None and pair.to_student is not None
-    assert examples.teacher is not None
+    assert pair is not None and pair.to_student is not None and examples.teacher is not None
     teacher_rows, teacher_sizes, teacher_ids = aligned_tokens(examples.teacher)
     rows, sizes, ids = aligned_tokens(examples.student)
     path, _ = warp(token_costs(pair, teacher_ids, ids), teacher_sizes, sizes)
-    teacher, student, number = segments(path, teacher_sizes, sizes)
-    single = np.append(_count(teacher, number) * _count(student, number) == 1, False)
-    left, right = np.flatnonzero(single[teacher]), np.flatnonzero(single[student])
-    first, second = np.concatenate(teacher_ids)[left], np.concatenate(ids)[right]
-    same = (pair.to_student.nearest[first] == second) | (pair.to_teacher.nearest[second] == first)
-    return teacher_rows[left[same]], rows[right[same]], np.delete(rows, right[same])
+    left, right = flat_places(path, teacher_sizes, sizes)
+    single = np.bincount(right, minlength=len(rows))[right] == 1
+    left, right = left[single], right[single]
+    mined = pair.to_student.nearest[np.concatenate(teacher_ids)[left]] == np.concatenate(ids)[right]
+    return teacher_rows[left[mined]], rows[right[mined]], np.delete(rows, right[mined])
 
 
 def _count(segment: np.ndarray, number: int) -> np.ndarray:

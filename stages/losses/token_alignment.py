@@ -125,11 +125,20 @@ def segments(path: Path, teacher_sizes: np.ndarray, student_sizes: np.ndarray) -
     new[1:] |= (path.teacher[1:] != path.teacher[:-1]) & (path.student[1:] != path.student[:-1])
     segment = np.cumsum(new) - 1
     sides = []
-    for place, sizes in ((path.teacher, teacher_sizes), (path.student, student_sizes)):
+    for place, sizes in zip(
+        flat_places(path, teacher_sizes, student_sizes), (teacher_sizes, student_sizes), strict=True
+    ):
         side = np.full(int(sizes.sum()), -1, np.int64)
-        side[(np.cumsum(sizes) - sizes)[path.example] + place] = segment
+        side[place] = segment
         sides.append(side)
     return sides[0], sides[1], int(new.sum())
+
+
+def flat_places(path: Path, teacher_sizes: np.ndarray, student_sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (teacher place, student place) of each step of a path, int64 [P], places of all examples in a row."""
+    sides = ((path.teacher, teacher_sizes), (path.student, student_sizes))
+    teacher, student = ((np.cumsum(sizes) - sizes)[path.example] + place for place, sizes in sides)
+    return teacher, student
 
 
 def _forward(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

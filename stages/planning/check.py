@@ -1,6 +1,7 @@
 """Check a config against the schema; every error is one sentence that names the key and the fix."""
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,17 @@ def validate(value: Any, schema: dict, definition: str | None, where: str) -> An
 
     `where` is the dotted place of `value` in the config, used in the message. UserError for the first fault.
     """
-    import jsonschema
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
 
+    # JSON has no infinity and no NaN, YAML has: they are numbers to no setting.
+    finite = Draft202012Validator.TYPE_CHECKER.redefine(
+        "number", lambda checker, found: checker.is_type(found, "integer") or _is_finite(found)
+    )
     target = {"$ref": f"#/$defs/{definition}", "$defs": schema["$defs"]} if definition else schema
     errors = sorted(
-        jsonschema.Draft202012Validator(target).iter_errors(value), key=lambda error: [str(part) for part in error.path]
+        extend(Draft202012Validator, type_checker=finite)(target).iter_errors(value),
+        key=lambda error: [str(part) for part in error.path],
     )
     if errors:
         raise UserError(_sentence(errors[0], where))
@@ -140,7 +147,13 @@ def _sentence(error: Any, where: str) -> str:
     return f"{start}: {error.message}."
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, float) and not _is_finite(value):
+        return f"{value} (not a finite number)"
     names = {
         bool: "true or false",
         str: "text",

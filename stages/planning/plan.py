@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stages.core import code, specs
-from stages.planning import sources
+from stages.planning import shapes, sources
 from stages.planning.methods import METHODS, aggregation_of, method_of, options_of, signal_needs
 
 
@@ -188,6 +188,7 @@ class _Planner:
         model, start = self.initialized(name)
         if not entry["losses"]:
             return model, start
+        shapes.check_latents(f"experiments.{name}", entry, self.config["models"])
         methods = {loss: method_of(loss, entry) for loss in entry["losses"]}
         losses = [
             {"name": loss, "module": method.module, "chunks": method.chunks, "weight": weight, "schedule": schedule}
@@ -251,7 +252,7 @@ class _Planner:
             if (self.tokenizers(other), entry.get("corpus")) == like
         ]
         every = any("every_bias" in method_of(loss, entry).pair for entry in beside for loss in entry["losses"])
-        spec = {"pairs": "all" if every else self.config["tokenizer_bias"]["pairs"]}
+        spec = self.config["tokenizer_bias"] | ({"pairs": "all"} if every else {})
         return self._of_pair("tokenizer_bias", name, "bias", spec, statistics=self.statistics(name))
 
     def _of_pair(self, stage: str, name: str, part: str, spec: dict[str, Any], **inputs: str) -> str:

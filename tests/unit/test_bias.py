@@ -18,11 +18,13 @@ from stages import inspect, tokenizer_bias, tokenizer_stats
 from stages.alignment import BiasTable, align
 from stages.alignment.bias import ChunkEnds, TokenPairs, biases, probability_mass, suffix_pairs
 from stages.alignment.covers import CoverFinder
-from stages.artifacts.schemas import BIAS
+from stages.alignment.statistics import SIDES
+from stages.artifacts.schemas import BIAS, COUNTS
 from stages.artifacts.tables import read_table
 from stages.core import artifact
 from stages.core.errors import UserError
 from stages.planning import expand, plan, run, sources
+from stages.tokenization import ByteView
 from stages.tokenization.byte_functions import byte_alphabet
 from stages.tokenization.sources import load, write
 from stages.tokenization.training import train_tokenizer
@@ -114,8 +116,8 @@ def some_counts(view, seed=0):
     return np.random.default_rng(seed).integers(0, 50, view.vocab_size)
 
 
-def unigram(counts):
-    smoothed = counts + 1e-9 * counts.sum()
+def unigram(counts, smoothing=1e-9):
+    smoothed = counts + smoothing * counts.sum()
     return smoothed / smoothed.sum()
 
 
@@ -242,6 +244,15 @@ def test_mass():
     np.testing.assert_allclose(probability_mass(np.zeros(1), np.array([2]), np.zeros(4, np.int64)), [0.5])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 1e-9, 0.02, 3.0])
+def test_smoothing(smoothing):
+    """The constant of tokenkit's `additive_smoothing_constant`: a share of all occurrences, added to each token's."""
+    counts = np.array([3, 0, 1, 0])
+    found = probability_mass(counts, np.ones(4, np.int64), counts, smoothing)
+    np.testing.assert_allclose(found, unigram(counts, smoothing), rtol=1e-12)
+    np.testing.assert_allclose(found, (counts / 4 + smoothing) / (1 + 4 * smoothing), rtol=1e-12)
+
+
 @pytest.mark.parametrize("names", [("qwen", "gpt2"), ("legacy", "qwen"), ("unigram", "legacy"), ("qwen", "wordpiece")])
 def test_chunk_ends_are_what_alignment_asks_for(names):
     """All pairs and those at chunk ends give one alignment, and no fewer pairs would."""
@@ -276,14 +287,14 @@ def signals(world):
     return world.signals()
 
 
-def made(world, pairs, teacher=None, student=None, name=None):
+def made(world, pairs, teacher=None, student=None, name=None, **settings):
     """Run tokenizer_stats and tokenizer_bias; the bias artifact's manifest path."""
     inputs = {"teacher_tokenizer": teacher or world.teacher_tokenizer, "tokenizer": student or world.tokenizer}
     inputs["corpus"] = world.corpus
     folder = f"tokenizer_pairs/{name or pairs}"
     world.run(tokenizer_stats.main, f"{folder}/statistics/manifest.json", {}, **inputs)
     inputs["statistics"] = f"{folder}/statistics/manifest.json"
-    world.run(tokenizer_bias.main, f"{folder}/bias/manifest.json", {"pairs": pairs}, **inputs)
+    world.run(tokenizer_bias.main, f"{folder}/bias/manifest.json", {"pairs": pairs} | settings, **inputs)
     return f"{folder}/bias/manifest.json"
 
 
@@ -310,6 +321,32 @@ def test_stage(world, capsys):
     )
     inspect.main([str(paths["all"].parent)])
     assert "pairs without bias; the most used with one" in capsys.readouterr().out
+
+
+def test_stage_smooths_as_told(world):
+    """Against the definition with that constant; 1e-9 where nothing is said."""
+    found = {}
+    for constant in (None, 1e-9, 0.01):
+        settings = {} if constant is None else {"additive_smoothing_constant": constant}
+        path = made(world, "all", name=f"smoothed-{constant}", **settings)
+        found[constant] = read_table((world.root / path).with_name("bias.parquet"), BIAS).to_pylist()
+    assert found[None] == found[1e-9]
+    views = [ByteView.load((world.root / place).parent) for place in (world.teacher_tokenizer, world.tokenizer)]
+    counts = [np.zeros(view.vocab_size, np.int64) for view in views]
+    statistics = read_table(world.root / "tokenizer_pairs/smoothed-0.01/statistics/counts.parquet", COUNTS)
+    for side, count in zip(SIDES, counts, strict=True):
+        count[:] = [row["count"] for row in statistics.to_pylist() if row["side"] == side]
+    probabilities = [unigram(count, 0.01) for count in counts]
+    definitions = [Definition(view) for view in views]
+    rows = found[0.01][:: len(found[0.01]) // 40]
+    expected = [defined_bias(*definitions, probabilities, (row["teacher_id"], row["student_id"])) for row in rows]
+    np.testing.assert_allclose([(row["bias1"], row["bias2"]) for row in rows], expected, rtol=1e-9, atol=1e-14)
+    assert [row["bias1"] for row in rows] != [row["bias1"] for row in found[None][:: len(found[None]) // 40]]
+
+
+def test_a_negative_smoothing_is_refused(world):
+    with pytest.raises(UserError, match=r"additive_smoothing_constant is -1e-09; it must be a number from 0 on"):
+        made(world, "all", name="refused", additive_smoothing_constant=-1e-9)
 
 
 def test_statistics_of_other_tokenizers_are_refused(world):
@@ -375,3 +412,23 @@ def test_plan(repository):
     assert whole[bias.manifest].spec["pairs"] == "all" and bias.manifest in student.inputs
     with pytest.raises(UserError, match=r"tokenizer_bias.pairs.*corpus"):
         planned(repository, ["alm_unbiased"], tokenizer_bias={"pairs": "corpus"})
+
+
+def test_plan_of_the_smoothing(repository):
+    """tokenkit's name and default; part of what the statistics are, whichever pairs they are of."""
+    nodes, _ = planned(repository, ["alm_unbiased"])
+    (bias,) = (node for node in nodes.values() if node.stage == "tokenizer_bias")
+    assert bias.spec["additive_smoothing_constant"] == 1e-9
+    for losses, more in (("alm_unbiased", {}), ("alm_side_path", {"side_path_mapping_mode": "bias_threshold"})):
+        other, _ = planned(repository, [losses], more, tokenizer_bias={"additive_smoothing_constant": 0.5})
+        assert other[bias.manifest].spec["additive_smoothing_constant"] == 0.5
+    for wrong, word in (
+        (-1, "at least 0"),
+        ("1e-9", "1.0e-5"),
+        (None, "empty"),
+        (True, "true or false"),
+        (float("nan"), "finite"),
+        (float("inf"), "finite"),
+    ):
+        with pytest.raises(UserError, match=rf"tokenizer_bias.additive_smoothing_constant.*{word}"):
+            planned(repository, ["alm_unbiased"], tokenizer_bias={"additive_smoothing_constant": wrong})

@@ -1,11 +1,18 @@
 """FVT: every rule, exact copies, fp32 means, seeded draws, and no ordinary token from a special."""
 
+from functools import cache
+
 import pytest
 import torch
 
+from stages.alignment.mapping import mine
 from stages.embeddings import fvt
 from stages.embeddings.rows import assemble, generator
+from stages.initialize import vocabulary
+from stages.tokenization import ByteView
 from stages.tokenization.spelling import Vocabulary, fewest_pieces
+
+from . import tokenizers_zoo as zoo
 
 
 def by_characters(texts):
@@ -59,6 +66,85 @@ def test_ordinary_tokens_never_take_a_special_and_specials_never_an_ordinary_tok
 def test_same_written_form_matches_without_a_role():
     vocabulary = target([None], special_texts={0: "<h>"})
     assert fvt.plan(vocabulary, source(), rows=13).sources == [[2]]
+
+
+BASE = ("<|endoftext|>",)
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+LLAMA2 = ("<unk>", "<s>", "</s>")
+# What surrounds a message: (before it, behind it); of Llama 2, a question's.
+TURNS = {
+    "chatml": ("<|im_start|>{role}\\n", "<|im_end|>\\n"),
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\\n\\n", "<|eot_id|>"),
+    "gemma": ("<start_of_turn>{role}\\n", "<end_of_turn>\\n"),
+    "llama2": ("[INST] ", " [/INST] "),
+}
+END = "<|endoftext|>"
+TOKENIZERS = {
+    "gpt2": (BASE, None, {"bos_token": END, "eos_token": END, "unk_token": END}),
+    "qwen": (CHATML, "chatml", {"eos_token": END, "pad_token": END}),
+    "qwen-instruct": (CHATML, "chatml", {"eos_token": "<|im_end|>", "pad_token": END}),
+    "llama3": (LLAMA3, "llama3", {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
+    "llama3-tuned": (LLAMA3, "llama3", {"eos_token": "<|eot_id|>", "pad_token": "<|eot_id|>"}),  # as many set it
+    "gemma": (GEMMA, "gemma", {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}),
+    "llama2": (LLAMA2, None, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "llama2-chat": (LLAMA2, "llama2", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+}  # fmt: skip
+
+
+@cache
+def of_family(name):
+    specials, turns, config = TOKENIZERS[name]
+    template = None
+    if turns:
+        before, behind = (part.replace("{role}", "' + message['role'] + '") for part in TURNS[turns])
+        turn = f"{{{{ '{before}' + message['content'] + '{behind}' }}}}"
+        if turns == "llama2":
+            answer = "{{ message['content'] + '</s>' }}"
+            turn = f"{{% if message['role'] == 'user' %}}{turn}{{% else %}}{answer}{{% endif %}}"
+        template = f"{{% for message in messages %}}{turn}{{% endfor %}}"
+    return ByteView.load(zoo.save(zoo.byte_level(specials, size=300), template=template, **config))
+
+
+@pytest.mark.parametrize(
+    ("source_name", "target_name", "made"),
+    [
+        ("qwen", "llama3", {"<|eot_id|>": "<|im_end|>", "<|begin_of_text|>": END}),
+        ("qwen", "llama3", {"<|start_header_id|>": "<|im_start|>"}),
+        ("qwen-instruct", "llama3", {"<|eot_id|>": "<|im_end|>"}),
+        ("qwen", "llama3-tuned", {"<|eot_id|>": "<|im_end|>"}),
+        ("gpt2", "llama3", {"<|eot_id|>": END, "<|begin_of_text|>": END}),
+        ("gemma", "llama3", {"<|eot_id|>": "<end_of_turn>", "<|begin_of_text|>": "<bos>"}),
+        ("llama3", "qwen", {"<|im_end|>": "<|eot_id|>", END: "<|eot_id|>", "<|im_start|>": "<|start_header_id|>"}),
+        ("llama3-tuned", "qwen-instruct", {"<|im_end|>": "<|eot_id|>", END: "<|eot_id|>"}),
+        ("llama3", "gemma", {"<end_of_turn>": "<|eot_id|>", "<eos>": "<|eot_id|>", "<bos>": "<|begin_of_text|>"}),
+        ("gemma", "qwen", {"<|im_end|>": "<end_of_turn>", END: "<eos>"}),
+        ("qwen", "gemma", {"<end_of_turn>": "<|im_end|>", "<eos>": END, "<pad>": END}),
+        ("qwen", "gpt2", {END: END}),  # GPT-2 marks no turns: its one special ends documents
+        ("qwen", "llama2", {"</s>": END, "<s>": END}),
+        ("qwen", "llama2-chat", {"</s>": "<|im_end|>"}),
+        ("llama2-chat", "qwen", {"<|im_end|>": "</s>", END: "</s>"}),
+        ("gpt2", "qwen", {"<|im_end|>": END, END: END}),
+    ],
+)  # fmt: skip
+def test_what_closes_turns_is_made_of_what_closes_turns(source_name, target_name, made):
+    """Where the source has something of its own that does; the mapping between the vocabularies agrees."""
+    source_view, target_view = of_family(source_name), of_family(target_name)
+    plan = fvt.plan(vocabulary(target_view), vocabulary(source_view), rows=source_view.vocab_size)
+    matches = list(mine(source_view, target_view, 0.3))
+    for text, other in made.items():
+        index, expected = target_view.special_named(text), source_view.special_named(other)
+        assert (plan.rules[index], plan.sources[index]) == ("special", [expected]), text
+        assert (matches[index].kind, matches[index].identity) == ("special", expected), text
+
+
+def test_an_end_of_turn_without_a_row_is_not_used():
+    view = of_family("qwen")
+    rows = view.special_named("<|im_end|>")
+    target_view = of_family("llama3")
+    plan = fvt.plan(vocabulary(target_view), vocabulary(view), rows=rows)
+    assert plan.sources[target_view.special_named("<|eot_id|>")] == [view.special_named(END)]
 
 
 def test_encoding_that_changes_bytes_is_not_used():

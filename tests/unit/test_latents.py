@@ -1,14 +1,19 @@
 """Hidden-state distances: definition, what a split or a mask does to them, wrong shapes, and training on them."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.errors import UserError
 from stages.losses import latents
 from stages.losses.chunks import merge_chunks
+from stages.planning import expand, plan, run, sources
 from stages.planning.methods import method_of, options_of, signal_needs
 
 from . import programs, tiny
@@ -29,9 +34,12 @@ def reference(toy, options):
     options = latents.DEFAULTS | options
     examples = toy.examples(range(len(TEXTS)))
     chunks = merge_chunks(*examples.chunks(latents.CHUNKS[options["latents_chunks"]]))
-    student = toy.hidden.detach().double().numpy()[chunks.student_end]
     bits = examples.signals["hidden_states"][chunks.teacher_end].astype(np.uint32) << 16
-    teacher = bits.view(np.float32).astype(np.float64).reshape(student.shape)
+    size = toy.sides.teacher.head.weight.shape[1]
+    teacher = bits.view(np.float32).astype(np.float64).reshape(len(bits), -1, size)
+    student = toy.hidden.detach().double().numpy()[chunks.student_end]
+    prefix = student.shape[1] - teacher.shape[1]
+    student = np.stack([student[:, i + prefix] for i in range(teacher.shape[1])], 1)
     exponent = int(options["latents_normalization"][1])
     size = (np.abs(teacher) ** exponent).mean(0)
     if "channelwise" not in options["latents_normalization"]:
@@ -48,6 +56,33 @@ def test_definition(views, normalization, align, layers, chunks):
     value, _, gradients = toy.evaluate(latents, options, [range(4)])
     assert value == pytest.approx(reference(toy, options), rel=1e-5)
     assert set(gradients) == {"hidden"}
+
+
+def deeper(views, layers, more, size=4):
+    """A toy whose teacher has `layers` states, and its student so many more."""
+    toy = Toy(*views, TEXTS, sizes=(size, size), layers=layers + more)
+    toy.bits = toy.bits[:, : layers * size]
+    return toy
+
+
+@pytest.mark.parametrize("normalization", latents.EXPONENTS)
+@pytest.mark.parametrize(("layers", "more"), [(3, 1), (2, 4), (1, 2)])
+def test_a_deeper_student(views, normalization, layers, more):
+    """Its first states are free; splitting the batch changes nothing."""
+    toy = deeper(views, layers, more)
+    options = {"latents_normalization": normalization, "latents_to_align": "all_hidden_states"}
+    whole = toy.evaluate(latents, options, [range(4)])
+    assert whole[0] == pytest.approx(reference(toy, options), rel=1e-5)
+    assert (whole[2]["hidden"][:, :more] == 0).all() and (whole[2]["hidden"][:, more:] != 0).any(0).all()
+    close(toy.evaluate(latents, options, [[2, 0], [1, 3]]), whole)
+
+
+def test_a_deeper_student_that_ends_as_the_teacher_has_no_distance(views):
+    toy = deeper((views[0], views[0]), 3, 2)
+    bits = (toy.bits.astype(np.uint32) << 16).view(np.float32).reshape(len(toy.bits), 3, 4)
+    with torch.no_grad():
+        toy.hidden[:, 2:] = torch.tensor(bits)
+    assert toy.evaluate(latents, {"latents_to_align": "all_hidden_states"}, [range(4)])[0] == 0
 
 
 @settings(max_examples=20, deadline=None)
@@ -105,12 +140,66 @@ def test_wrong_settings_and_shapes(views):
         Toy(*views, TEXTS).evaluate(latents, {}, [range(4)])
     every = {"latents_to_align": "all_hidden_states"}
     toy = Toy(*views, TEXTS, sizes=(4, 6), layers=3)
-    with pytest.raises(UserError, match="2 layers of 4, the student 2 of 6"):
+    with pytest.raises(UserError, match=r"4 numbers \(teacher\) and 6 \(student\): align last_hidden_state with"):
         toy.evaluate(latents, every, [range(4)])
-    toy.bits = toy.bits[:, :8]
-    toy.hidden = toy.hidden[:, :, :4].detach().requires_grad_()
-    with pytest.raises(UserError, match="1 layers of 4, the student 2 of 4"):
+    toy = Toy(*views, TEXTS, sizes=(4, 4), layers=4)
+    toy.hidden = toy.hidden[:, 1:].detach().requires_grad_()
+    with pytest.raises(UserError, match="the teacher has 3, the student 2: align last_hidden_state"):
         toy.evaluate(latents, every, [range(4)])
+
+
+def planned(repository, teacher, student, **entry):
+    """Plan the demo with an experiment that aligns hidden states, between models of (layers, size)."""
+    config = yaml.safe_load((repository / "config/config.yaml").read_text())
+    for name, model in (("deep", teacher), ("shallow", student)):
+        if not isinstance(model, Path):
+            architecture = {"num_hidden_layers": model[0], "hidden_size": model[1], "num_attention_heads": 4}
+            model = {"tokenizer": "spbpe", "pretrain": {"corpus": "transfer", "architecture": architecture}}
+        else:
+            model = {"tokenizer": "spbpe", "path": str(model)}
+        config["models"] |= {name: model}
+    extra = {"student": "shallow", "teacher": "deep", "corpus": "transfer", "losses": ["alm_latents"]}
+    config["experiments"] |= {"extra": extra | entry}
+    schema = yaml.safe_load((repository / run.SCHEMA).read_text())
+    return plan.build(expand.expand(config, schema), sources.Digests(Path("/nonexistent/digests.json")))
+
+
+EVERY = {"latents_to_align": "all_hidden_states"}
+PROJECTED = {"latents_do_project": True}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "entry", "sentence"),
+    [
+        ((4, 64), (2, 64), EVERY, "least the teacher's layers, but the teacher `deep` has 4, the student `shallow` 2"),
+        ((2, 64), (4, 32), EVERY, "the teacher `deep` has 64, the student `shallow` 32; align last_hidden_state with"),
+        ((2, 64), (4, 32), {}, "the teacher `deep` has 64, the student `shallow` 32; set latents_do_project: true"),
+        ((2, 64), (4, 64), EVERY, None),
+        ((4, 64), (2, 64), {}, None),
+        ((2, 64), (4, 32), PROJECTED, None),
+        ((4, 64), (2, 32), {"losses": ["alm_space"]}, None),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused_at_planning(repository, teacher, student, entry, sentence):
+    if sentence is None:
+        assert "students/extra/manifest.json" in planned(repository, teacher, student, **entry)
+        return
+    with pytest.raises(UserError, match=r"^Config: `experiments\.extra") as caught:
+        planned(repository, teacher, student, **entry)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"num_hidden_layers": 4, "hidden_size": 64}, {"text_config": {"num_hidden_layers": 4, "hidden_size": 64}}],
+)
+def test_a_folder_tells_its_shape(repository, tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="the teacher `deep` has 4, the student `shallow` 2"):
+        planned(repository, tmp_path, (2, 64), **EVERY)
+    (tmp_path / "config.json").write_text("{}")
+    assert planned(repository, tmp_path, (2, 64), **EVERY)
 
 
 def test_plan_asks_for_what_the_loss_needs():
@@ -144,6 +233,17 @@ def test_trains_cached_and_online(world, options):
     assert cached[-1]["alm_latents"] < cached[0]["alm_latents"]
     for one, other in zip(cached, online, strict=True):
         assert one["alm_latents"] == pytest.approx(other["alm_latents"], rel=1e-4)
+
+
+def test_a_deeper_student_trains_cached_and_online(world, tmp_path):
+    deep = programs.World(tmp_path / "results")
+    deep.student = deep.model("deep", 300, 5, layers=4)
+    cached, online = deep.both([LATENTS], {"hidden_states": True}, latents.DEFAULTS | EVERY, True)
+    assert 0 < cached[-1]["alm_latents"] < cached[0]["alm_latents"]
+    assert [line["alm_latents"] for line in cached] == pytest.approx([line["alm_latents"] for line in online], rel=1e-4)
+    deep.student = deep.model("flat", 300, 5, layers=1)
+    with pytest.raises(UserError, match="the teacher has 2, the student 1: align last_hidden_state"):
+        deep.both([LATENTS], {"hidden_states": True}, latents.DEFAULTS | EVERY, True)
 
 
 def test_micro_batches_change_nothing(world):

@@ -1,11 +1,14 @@
 """MinED: `baseline_mined` and `baseline_minED`, and the teacher's rows on the student's vocabulary."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from stages.alignment.pair import Pair
 from stages.core.errors import UserError
@@ -14,7 +17,7 @@ from stages.losses.mapped import Likeliest, compared, gathered, grouped, spread
 from stages.losses.token_alignment import token_costs
 from stages.tokenization import ByteView
 
-from . import tiny
+from . import tiny, toy_pair
 from .dense import toy_examples
 from .mapped_toys import GROUPS, SPLIT, TEXTS, forward_kl, junk_in_padding, masked, matches, step, toys, trained
 from .toy_pair import Toy, close
@@ -88,17 +91,114 @@ def test_rows_of_chunks_of_one_token(tmp_path):
     assert found[2].tolist() == observed and len(observed) > 5
 
 
-def test_rows_of_joined_tokens(tmp_path):
-    """Each row that predicts a trained token is of one kind, and the tokens of compared rows stand for each other."""
-    toy = masked(toys(tmp_path)[1], 4)
-    examples = toy.examples([0, 1, 2, 3])
+def reference_joined(pair, costs, teacher, student):
+    """DSKD's `transform_step_logits_fast`, place by place: [(teacher place, student place)] that it compares."""
+    least = np.full((len(teacher) + 1, len(student) + 1), np.inf)
+    least[0, 0] = 0
+    for i in range(len(teacher)):
+        for j in range(len(student)):
+            least[i + 1, j + 1] = costs[i, j] + min(least[i, j + 1], least[i + 1, j], least[i, j])
+    partners = [[] for _ in student]
+    i, j = len(teacher), len(student)
+    while i and j:
+        partners[j - 1].append(i - 1)
+        step = int(np.argmin([least[i - 1, j - 1], least[i - 1, j], least[i, j - 1]]))
+        i, j = i - (step != 2), j - (step != 1)
+    return [
+        (found[0], place)
+        for place, found in enumerate(partners)
+        if len(found) == 1 and pair.to_student.nearest[teacher[found[0]]] == student[place]
+    ]
+
+
+def check_joined(toy, chosen):
+    """Compare `joined_rows` with the reference; (its teacher rows, its student rows, flat ids of both sides)."""
+    examples = toy.examples(chosen)
     teacher_rows, rows, observed = mined.joined_rows(examples)
-    student = examples.student
-    trained = [row for row in range(len(student.ids) - 1) if student.loss[row + 1] and row + 1 not in student.offsets]
-    assert sorted([*rows, *observed]) == trained and len(rows) > 10 and len(observed) > 5
-    assert examples.teacher.loss[teacher_rows + 1].all()
-    for left, right in zip(examples.teacher.ids[teacher_rows], student.ids[rows], strict=True):
-        assert toy.pair.to_student.nearest[left] == right or toy.pair.to_teacher.nearest[right] == left
+    expected, trained = [], []
+    for number in range(len(chosen)):
+        places = [target_rows_of(batch, number) for batch in (examples.teacher, examples.student)]
+        ids = [batch.ids[rows] for batch, rows in zip((examples.teacher, examples.student), places, strict=True)]
+        if all(map(len, ids)):
+            costs = token_costs(toy.pair, *([side] for side in ids))[0]
+            expected += [(places[0][i], places[1][j]) for i, j in reference_joined(toy.pair, costs, *ids)]
+        trained += places[1].tolist()
+    assert list(zip(teacher_rows.tolist(), rows.tolist(), strict=True)) == expected
+    assert sorted([*rows.tolist(), *observed.tolist()]) == trained
+    return teacher_rows, rows, examples.teacher.ids, examples.student.ids
+
+
+def target_rows_of(batch, number):
+    start, end = batch.offsets[number], batch.offsets[number + 1]
+    return np.array([row for row in range(start, end - 1) if batch.loss[row + 1]], np.int64)
+
+
+@pytest.mark.parametrize("sizes", [(330, 280), (280, 330), (400, 265), (300, 300)])
+def test_rows_of_joined_tokens(tmp_path, sizes):
+    """Whichever side splits finer: rows are compared where FuseLLM and DSKD compare them."""
+    teacher, student = (toy_pair.view(tmp_path / side, size) for side, size in zip("ts", sizes, strict=True))
+    toy = Toy(teacher, student, TEXTS)
+    object.__setattr__(toy.pair, "to_teacher", matches(student, teacher))
+    object.__setattr__(toy.pair, "to_student", matches(teacher, student))
+    _, rows, _, _ = check_joined(toy, [0, 1, 2, 3])
+    assert len(rows) > 10
+    check_joined(masked(toy, 4), [3, 0, 2])
+
+
+def words(folder, pieces, merges):
+    """A byte-level BPE of these merges, with nothing but them and single bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={token: i for i, token in enumerate([*alphabet, *pieces])}, merges=merges)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return ByteView.load(folder)
+
+
+def test_a_teacher_token_that_two_student_tokens_share_keeps_the_one_it_stands_for(tmp_path):
+    """The teacher reads "xabcd" as x, abcd, the student as x, abc, d: abcd is joined with both and mined to abc.
+
+    One to one on both sides would leave that row without its teacher; d, which abcd is not mined to, has none.
+    """
+    teacher = words(tmp_path / "t", ["ab", "cd", "abcd"], [("a", "b"), ("c", "d"), ("ab", "cd")])
+    student = words(tmp_path / "s", ["ab", "abc"], [("a", "b"), ("ab", "c")])
+    toy = Toy(teacher, student, ["xabcdy"])
+    object.__setattr__(toy.pair, "to_teacher", matches(student, teacher))
+    object.__setattr__(toy.pair, "to_student", matches(teacher, student))
+    left, right = teacher.id_of_bytes[b"abcd"], student.id_of_bytes[b"abc"]
+    assert toy.pair.to_student.nearest[left] == right
+    teacher_rows, rows, teacher_ids, ids = check_joined(toy, [0])
+    pairs = list(zip(teacher_ids[teacher_rows].tolist(), ids[rows].tolist(), strict=True))
+    assert (left, right) in pairs and student.id_of_bytes[b"d"] not in ids[rows]
+
+
+def test_a_student_token_with_two_teacher_tokens_has_none(tmp_path):
+    """The teacher reads "xabcdy" as x, ab, cd, y, the student as x, abcd, y."""
+    teacher = words(tmp_path / "t", ["ab", "cd"], [("a", "b"), ("c", "d")])
+    student = words(tmp_path / "s", ["ab", "cd", "abcd"], [("a", "b"), ("c", "d"), ("ab", "cd")])
+    toy = Toy(teacher, student, ["xabcdy"])
+    object.__setattr__(toy.pair, "to_teacher", matches(student, teacher))
+    object.__setattr__(toy.pair, "to_student", matches(teacher, student))
+    _, rows, _, ids = check_joined(toy, [0])
+    assert student.id_of_bytes[b"y"] in ids[rows] and student.id_of_bytes[b"abcd"] not in ids[rows]
+
+
+def test_mined_from_the_student_alone_is_no_match(tmp_path):
+    """The teacher's "abc" is mined to "abd"; that the student's "bc", joined with it, is mined to "abc" is no match."""
+    teacher = words(tmp_path / "t", ["ab", "abc"], [("a", "b"), ("ab", "c")])
+    student = words(tmp_path / "s", ["bc", "abd"], [("b", "c")])
+    toy = Toy(teacher, student, ["xabcy"])
+    to_teacher, to_student = matches(student, teacher), matches(teacher, student)
+    left, right = teacher.id_of_bytes[b"abc"], student.id_of_bytes[b"bc"]
+    to_student.nearest[left], to_teacher.nearest[right] = student.id_of_bytes[b"abd"], left
+    object.__setattr__(toy.pair, "to_teacher", to_teacher)
+    object.__setattr__(toy.pair, "to_student", to_student)
+    _, rows, _, ids = check_joined(toy, [0])
+    assert right not in ids[rows] and student.id_of_bytes[b"y"] in ids[rows]
 
 
 def test_token_costs(tmp_path):

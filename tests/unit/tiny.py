@@ -96,6 +96,7 @@ def llama(
     kind: str = "llama",
     dtype: str = "float32",
     positions: int = 512,
+    layers: int = 2,
 ):
     """Write a tiny random causal language model; return it."""
     import torch
@@ -107,7 +108,7 @@ def llama(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
