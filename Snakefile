@@ -14,6 +14,7 @@ if not workflow.overwrite_configfiles:
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/artifacts.smk"
 include: "workflow/rules/text.smk"
 include: "workflow/rules/tokenizers.smk"
 include: "workflow/rules/models.smk"

@@ -10,14 +10,21 @@ from stages.core import artifact, stage
 from stages.core.errors import UserError
 from stages.corpora.examples import ROWS_PER_GROUP, ExampleWriter, example_rows
 
+TRAIN_ON = "assistant"
+LEFT_OUT = {
+    "empty_rows": "no text in them (null, empty, or no such column)",
+    "untrained_documents": "nothing in them is trained on, see train_on",
+}
+
 
 def main(argv: list[str] | None = None) -> None:
     """Write train.parquet and heldout.parquet, one row per example (schema EXAMPLES)."""
     job = stage.parse("stages.corpus", __doc__, argv)
     subset = job.spec["kind"] == "subset"
     _check_files(job.spec.get("files", {}))
+    counts: Counter[str] = Counter()
     with job.publish() as draft:
-        splits = _subset(job) if subset else _examples(job.spec)
+        splits = _subset(job) if subset else _examples(job.spec, counts)
         writers = {
             split: ExampleWriter(draft.folder / f"{split}.parquet", job.identity) for split in ("train", "heldout")
         }
@@ -29,6 +36,10 @@ def main(argv: list[str] | None = None) -> None:
             draft.describe[f"{split}.parquet"] = {"rows": writer.examples}
         if not writers["train"].examples:
             raise UserError(_empty(job))
+        draft.metrics |= counts
+        for name, why in LEFT_OUT.items():
+            if counts[name]:
+                print(f"{counts[name]} {name.replace('_', ' ')} left out: {why}.")
 
 
 def _check_files(files: dict[str, str]) -> None:
@@ -43,8 +54,8 @@ def _check_files(files: dict[str, str]) -> None:
             )
 
 
-def _examples(spec: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield (split, rows of one document) in document order."""
+def _examples(spec: dict[str, Any], counts: Counter[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield (split, rows of one document) in document order; `counts` gets what was read and what is left out."""
     from stages.corpora.documents import read_documents, sampled
 
     seen: Counter[str] = Counter()
@@ -52,7 +63,7 @@ def _examples(spec: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]
     streamed = spec.get("streaming") and spec["kind"] == "hub"
     count = None if streamed else spec.get("sample")
     documents = sampled(
-        read_documents(spec), count, lambda document: _fraction("sample", seed, _content_id(document.slots))
+        read_documents(spec, counts), count, lambda document: _fraction("sample", seed, _content_id(document.slots))
     )
     for document in _with_progress(documents):
         content = _content_id(document.slots)
@@ -60,9 +71,11 @@ def _examples(spec: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]
         document_id = content if seen[content] == 1 else f"{content}-{seen[content]}"
         # Both by content alone: more documents never move one to the other side, and copies stay together.
         split = "heldout" if _fraction("heldout", seed, content) < spec["heldout"] else "train"
-        rows = _rows(document, document_id, spec["max_bytes"], spec.get("train_on", "all"))
+        rows = _rows(document, document_id, spec["max_bytes"], spec.get("train_on", TRAIN_ON))
         if rows:
             yield split, rows
+        else:
+            counts["untrained_documents"] += 1
 
 
 def _rows(document: Any, document_id: str, max_bytes: int, train_on: str) -> list[dict[str, Any]]:
@@ -127,7 +140,6 @@ def _fraction(purpose: str, seed: int, name: str) -> float:
 
 
 def _with_progress(documents: Any) -> Any:
-
     from tqdm import tqdm
 
     return tqdm(documents, desc="documents", unit="")

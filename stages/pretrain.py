@@ -19,11 +19,11 @@ def main(argv: list[str] | None = None) -> None:
     from stages.tokenization import ByteView
     from stages.training import job as training
     from stages.training.data import Collator
-    from stages.training.modes import prepare_mode, settings_of
+    from stages.training.modes import prepare_mode
     from stages.training.trainer import Run, prepare_losses
     from stages.vocabulary.head import Sides
 
-    settings = settings_of({"train_model_mode": "full"} | job.spec["train"])
+    settings = settings_of(job.spec["train"])
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     table = training.open_corpus(job, view)
     model = random_model(job.spec["architecture"], view, job.spec["seed"])
@@ -47,6 +47,13 @@ def main(argv: list[str] | None = None) -> None:
     student = training.Student(model, sides, sft.needs({}).student, None, None)
     run = Run(student, losses, collate, settings, job.spec["seed"], job.checkpoints())
     training.train_and_publish(job, run, outer, described, trained)
+
+
+def settings_of(train: dict[str, Any]) -> dict[str, Any]:
+    """Return the "train" settings with defaults: those of `distill`, but all weights are trained."""
+    from stages.training import modes
+
+    return modes.settings_of({"train_model_mode": "full"} | train)
 
 
 def random_model(architecture: dict[str, Any], view: "ByteView", seed: int) -> "PreTrainedModel":

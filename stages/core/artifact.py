@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from stages.core import specs
 from stages.core.errors import UserError
 
 FORMAT = 1
@@ -79,7 +80,7 @@ def data_path(manifest: dict[str, Any], name: str) -> Path:
     expected = manifest["data"][name]["bytes"]
     if size != expected:
         found = "is missing" if size is None else f"holds {size} bytes instead of {expected}"
-        raise UserError(f"{path} {found}: run `snakemake --cores all`, which moves it aside and builds it again.")
+        raise UserError(f"{path} {found}: run `snakemake --cores all`, which builds it again.")
     return path
 
 
@@ -92,6 +93,42 @@ def damage(manifest_path: Path) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def outdated(manifest_path: Path, spec: dict[str, Any], code: str, root: Path) -> str | None:
+    """Return a sentence on why the artifact on disk is not the one of these settings and code, None when it is.
+
+    Its files are told by their sizes, the artifacts under `root` that it was made from by their manifests' content.
+    """
+    fault = damage(manifest_path)
+    if fault:
+        return fault
+    manifest = read_manifest(manifest_path)
+    if manifest["lineage"] != specs.lineage(specs.canonical(spec), code):
+        old = manifest["spec"]
+        same = {
+            "settings": old | {"inputs": None} == spec | {"inputs": None},
+            "inputs": old.get("inputs") == spec.get("inputs"),
+            "code": manifest["code"] == code,
+        }
+        return f"{manifest_path} was made of other {' and '.join(name for name in same if not same[name])}."
+    for value in manifest["inputs"].values():
+        for entry in value if isinstance(value, list) else [value]:
+            upstream = root / entry["path"]
+            if upstream.is_file() and file_digest(upstream) != entry["sha256"]:
+                return f"{manifest_path} was made of {entry['path']} before that was built again."
+    return None
+
+
+def is_finished(manifest_path: Path, spec: dict[str, Any], code: str, root: Path) -> bool:
+    """Return whether the artifact of these settings and code is on disk, byte by byte, made with today's versions."""
+    if not manifest_path.is_file() or outdated(manifest_path, spec, code, root):
+        return False
+    manifest = read_manifest(manifest_path)
+    files = manifest["data"].items()
+    return manifest["versions"] == _versions() and all(
+        file_digest(manifest_path.parent / name) == facts["sha256"] for name, facts in files
+    )
 
 
 @contextmanager
@@ -132,7 +169,10 @@ def publish(
             "versions": _versions(),
         }
         run = {"seconds": round(time.time() - started, 3), "host": platform.node(), "finished": time.time()} | draft.run
-        _move_into_place(manifest_path, staging, manifest, run)
+        # All is on disk before the earlier artifact is touched.
+        write_json(staging / manifest_path.name, manifest)
+        write_json(staging / _run_name(manifest_path), run)
+        _move_into_place(manifest_path, staging, set(manifest["data"]))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -171,26 +211,27 @@ def _describe_files(staging: Path, extra: dict[str, dict[str, Any]]) -> dict[str
     return described
 
 
-def _move_into_place(manifest_path: Path, staging: Path, manifest: dict[str, Any], run: dict[str, Any]) -> None:
+def _move_into_place(manifest_path: Path, staging: Path, names: set[str]) -> None:
+    """Rename a complete artifact into its home, the manifest last; data files that only an earlier one had go."""
     home = manifest_path.parent
-    outdated = set()
-    if manifest_path.exists():
-        try:
-            outdated = set(read_manifest(manifest_path)["data"]) - set(manifest["data"])
-        except UserError:
-            outdated = set()
+    try:
+        outdated = set(read_manifest(manifest_path)["data"]) - names
+    except UserError:
+        outdated = set()
     manifest_path.unlink(missing_ok=True)
-    for name in manifest["data"]:
+    for name in [*sorted(names), _run_name(manifest_path), manifest_path.name]:
         os.replace(staging / name, home / name)
     for name in outdated:
         (home / name).unlink(missing_ok=True)
-    write_json(home / manifest_path.name.replace("manifest.json", "run.json"), run)
-    write_json(manifest_path, manifest)
     folder = os.open(home, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _run_name(manifest_path: Path) -> str:
+    return manifest_path.name.replace("manifest.json", "run.json")
 
 
 def _input_digests(value: Any) -> Any:

@@ -13,6 +13,8 @@ import errno
 import json
 import logging
 import os
+import select
+import signal
 import sys
 import time
 import traceback
@@ -23,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.core import artifact, code, specs
-from stages.core.errors import UserError
+from stages.core.errors import UserError, reason_of
+
+_log: Path | None = None  # the file that this process writes to instead of the terminal
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ def parse(module: str, description: str | None, argv: list[str] | None = None) -
     """Parse the command line, check the code digest and open every input manifest. No heavy import happens here.
 
     `module` is the stage's dotted name, "stages.corpus". UserError when the code is not the planned code, an
-    input is missing or an input is not the one this run expects.
+    input is missing or an input is not the one this run expects. A planned run (`--code`) whose artifact is already
+    there ends here, with success: what it is made from was built again and came out the same.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--root", type=Path, required=True, help="folder of all artifacts, such as results/demo")
@@ -104,29 +109,57 @@ def parse(module: str, description: str | None, argv: list[str] | None = None) -
         )
     opened = {name: _open(arguments.root, entry) for name, entry in inputs.items()}
     lineage = arguments.lineage or specs.lineage(specs.canonical(spec), actual)
-    stage = module.rpartition(".")[2]
-    return Job(stage, arguments.root, arguments.root / arguments.manifest, spec, actual, lineage, opened)
+    manifest = arguments.root / arguments.manifest
+    if arguments.code and artifact.is_finished(manifest, spec, actual, arguments.root):
+        print(f"{manifest} is there, made of the same settings, inputs and code: kept.")
+        sys.exit()
+    return Job(module.rpartition(".")[2], arguments.root, manifest, spec, actual, lineage, opened)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main` and end the process: one sentence and status 2 for what a user can mend."""
+    """Run a program's `main` and end the process: one sentence and status 2 for what a user can mend.
+
+    Anything else that a library raises is one sentence too, with status 1; its traceback goes to the log, or to stderr
+    where there is none. A reader of the output that has gone (`| head`) and Ctrl-C end the program without a word.
+    """
     terminal = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
     try:
         main()
+        sys.stdout.flush()
+        return
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         status, sentence = 2, str(error)
     except Exception as error:
+        if _reader_is_gone():
+            sys.exit(128 + signal.SIGPIPE)
         status, sentence = 2, _room_sentence(error)
         if sentence is None:
             traceback.print_exc()
-            status, sentence = 1, f"{type(error).__name__}: {error}"
-    else:
-        sys.stdout.flush()
-        return
+            status, sentence = 1, f"{reason_of(error)}{_place(main)}"
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     if not os.path.sameopenfile(terminal.fileno(), sys.stderr.fileno()):
         print(f"error: {sentence}", file=terminal, flush=True)
     sys.exit(status)
+
+
+def _reader_is_gone() -> bool:
+    """Return whether nobody reads stdout any more; what is left to say then goes nowhere."""
+    poll = select.poll()
+    poll.register(1, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
+
+
+def _place(main: Callable[[], None]) -> str:
+    """Return which program failed, and where the traceback is."""
+    module = main.__globals__.get("__spec__")
+    parts = [f"in {module.name}"] if module else []
+    parts += [f"the traceback is in {_log}"] if _log else []
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _room_sentence(error: Exception) -> str | None:
@@ -160,6 +193,8 @@ class _Stderr(logging.StreamHandler):
 
 def _redirect(log: Path) -> None:
     """Send this process's output, that of its libraries included, to a file; under a launcher, all ranks share it."""
+    global _log
+    _log = log
     log.parent.mkdir(parents=True, exist_ok=True)
     is_first = os.environ.get("RANK", "0") == "0"
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if is_first else 0), 0o644)

@@ -1,18 +1,15 @@
 """Read documents from local files, the Hub and Python's own documentation."""
 
 import heapq
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from stages.core.errors import UserError
 from stages.corpora.cutting import cut_text
+from stages.corpora.files import Row, json_rows, parquet_rows, text_of
 
 # ShareGPT names its keys and roles otherwise.
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
@@ -27,26 +24,29 @@ class Document:
     ends: bool = True
 
 
-def read_documents(spec: dict[str, Any]) -> Iterator[Document]:
-    """Yield the documents that a corpus spec names, in a fixed order.
+def read_documents(spec: dict[str, Any], counts: Counter[str]) -> Iterator[Document]:
+    """Yield the documents that a corpus spec names, in a fixed order; `counts` gets "rows" and "empty_rows".
 
-    UserError names the file and the line, byte or column at fault.
+    A row is empty when it has no text: null, "" or no such column. UserError names the file and the line, byte or
+    column at fault.
     """
     kind, column, messages = spec["kind"], spec.get("column"), spec.get("messages")
+    columns = {name: name == messages for name in (messages, column) if name} or {"messages": True, "text": False}
     if kind == "python_docs":
         from stages.corpora.python_docs import python_documents
 
         return (Document((("text", text),)) for text in python_documents())
     if kind == "hub":
-        return _documents(_hub_rows(spec), column, messages, f"data set {spec['path']}")
+        from stages.corpora.hub import hub_rows
+
+        return _documents(hub_rows(spec, list(columns)), columns, f"data set {spec['path']}", counts)
     files = sorted(Path(path).expanduser() for path in spec["files"])
     if kind == "txt":
         return (document for path in files for document in _text_documents(path, spec["max_bytes"]))
-    if kind == "jsonl":
-        return (document for path in files for document in _documents(_json_rows(path), column, messages, str(path)))
-    if kind == "parquet":
-        wanted = [name for name in (column, messages) if name]
-        return (d for path in files for d in _documents(_parquet_rows(path, wanted), column, messages, str(path)))
+    read = {"jsonl": lambda stream, name: json_rows(stream, name)}
+    read["parquet"] = lambda stream, name: parquet_rows(stream, name, list(columns))
+    if kind in read:
+        return (d for path in files for d in _documents(_file_rows(path, read[kind]), columns, str(path), counts))
     raise UserError(f"Corpus kind {kind!r} is unknown; use hub, jsonl, parquet, txt, python_docs or subset.")
 
 
@@ -61,102 +61,47 @@ def sampled(documents: Iterable[Document], count: int | None, rank: Any) -> Iter
 
 def _text_documents(path: Path, max_bytes: int) -> Iterator[Document]:
     """Yield the pieces of a text file, each a document of its own: one file can be both trained and held out."""
-    pieces = cut_text(_decoded(path, path.read_bytes()), max_bytes)
+    with open(path, "rb") as stream:
+        pieces = cut_text(text_of(stream, str(path)), max_bytes)
     for number, piece in enumerate(pieces):
         yield Document((("text", piece),), number == 0, number == len(pieces) - 1)
 
 
-def _decoded(path: Path, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}: byte {error.start} (line {line}) is not UTF-8; convert the file, for instance with iconv."
-        ) from None
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    offset = 0
+def _file_rows(path: Path, read: Callable[..., Iterator[Row]]) -> Iterator[Row]:
     with open(path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield _json_row(path, number, offset, line)
-            offset += len(line)
+        yield from read(stream, str(path))
 
 
-def _json_row(path: Path, number: int, offset: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        place = f"byte {offset + error.start} (line {number})"
-        raise UserError(f"{path}: {place} is not UTF-8; convert the file, for instance with iconv.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: line {number} is not JSON ({error}); correct or remove the line.") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: line {number} is a JSON {type(row).__name__}, expected an object with a text column.")
-    return row
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        present = [name for name in columns or ("messages", "text") if name in names]
-        if not present:
-            yield dict.fromkeys(names)
-        for batch in file.iter_batches(batch_size=1024, columns=present or []):
-            yield from batch.to_pylist()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} holds text that is not UTF-8 ({error.reason}): write the file again.") from None
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as Parquet ({reason}): it is damaged or cut off; restore it.") from None
-
-
-def _hub_rows(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a data set of the Hub. When streamed, `sample` takes the first ones: the rest is never seen."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    arguments = {"name": spec.get("name"), "split": spec.get("split") or "train", "revision": spec.get("revision")}
-    streaming = bool(spec.get("streaming"))
-    rows: Iterable[dict[str, Any]] = _asked(
-        spec, lambda: datasets.load_dataset(spec["path"], **arguments, streaming=streaming)
-    )
-    left = iter(islice(rows, spec["sample"]) if streaming and spec.get("sample") else rows)
-    # A stream reads files, and meets the network, as it goes.
-    while (row := _asked(spec, lambda: next(left, None))) is not None:
-        yield row
-
-
-def _asked(spec: dict[str, Any], ask: Callable[[], Any]) -> Any:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return ask()
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"Data set {spec['path']} cannot be loaded ({reason}): check its name, split and network."
-        ) from None
-
-
-def _documents(
-    rows: Iterable[dict[str, Any]], column: str | None, messages: str | None, where: str
-) -> Iterator[Document]:
+def _documents(rows: Iterable[Row], columns: dict[str, bool], where: str, counts: Counter[str]) -> Iterator[Document]:
+    """Yield the documents of one file or data set; `columns` says of each column whether it holds chats."""
+    found, names = False, ()
     for number, row in enumerate(rows, 1):
-        key = messages or column or ("messages" if "messages" in row else "text")
-        if key not in row:
-            raise UserError(
-                f"{where}, row {number}: no column {key}; it has {', '.join(row)}: set `column` or `messages`."
-            )
-        chat = messages is not None or (column is None and key == "messages")
-        slots = _turns(row[key], f"{where}, row {number}") if chat else (("text", row[key]),)
-        for _, text in slots:
-            _check_text(text, f"{where}, row {number}, column {key}")
+        names = names or tuple(row)
+        found = found or any(column in row for column in columns)
+        counts["rows"] += 1
+        slots = _slots(row, columns, f"{where}, row {number}")
+        if slots:
+            yield Document(slots)
+        else:
+            counts["empty_rows"] += 1
+    if names and not found:
+        raise UserError(
+            f"{where}: no column {list(columns)[-1]}; it has {', '.join(names)}: set `column` or `messages`."
+        )
+
+
+def _slots(row: Row, columns: dict[str, bool], where: str) -> tuple[tuple[str, str], ...]:
+    """Return the (role, text) pairs of the first column with text in it, () when none has any."""
+    for column, is_chat in columns.items():
+        value = row.get(column)
+        # What writers of tables call nothing: null, NaN, no turns.
+        if value is None or value != value or value == []:
+            continue
+        pairs = _turns(value, where) if is_chat else [("text", value)]
+        slots = tuple((role, _text(text, f"{where}, column {column}")) for role, text in pairs)
         if any(text for _, text in slots):
-            yield Document(tuple(slots))
+            return slots
+    return ()
 
 
 def _turns(messages: Any, where: str) -> list[tuple[str, Any]]:
@@ -178,12 +123,17 @@ def _turns(messages: Any, where: str) -> list[tuple[str, Any]]:
     return turns
 
 
-def _check_text(text: Any, where: str) -> None:
-    if not isinstance(text, str):
-        raise UserError(f"{where}: found {type(text).__name__}, expected text; choose another column.")
-    if not text.isascii():
-        try:
+def _text(value: Any, where: str) -> str:
+    """Return the text of a cell; some writers of Parquet call it bytes. UserError when it is none."""
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+        if not isinstance(text, str):
+            raise UserError(f"{where}: found {type(value).__name__}, expected text; choose another column.")
+        if not text.isascii():
             text.encode()
-        except UnicodeEncodeError as error:
-            found = f"character {error.start} is half of a surrogate pair"
-            raise UserError(f"{where}: {found}, which UTF-8 cannot say; repair the row.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: byte {error.start} is not UTF-8; repair the row.") from None
+    except UnicodeEncodeError as error:
+        found = f"character {error.start} is half of a surrogate pair"
+        raise UserError(f"{where}: {found}, which UTF-8 cannot say; repair the row.") from None
+    return text

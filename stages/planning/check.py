@@ -3,6 +3,8 @@
 import difflib
 import math
 import re
+from collections.abc import Hashable
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ def refuse_duplicate_keys(paths: list[Path]) -> None:
         for key_node, _ in node.value:
             key = loader.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
-            if isinstance(key, str) and key in seen:
+            if not isinstance(key, Hashable):
+                continue
+            if key in seen:
                 raise UserError(
                     f"{path}, line {line}: `{key}` was already given in line {seen[key]}; rename one of the two."
                 )
-            if isinstance(key, str):
-                seen[key] = line
+            seen[key] = line
         return loader.construct_mapping(node, deep=True)
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
@@ -73,10 +76,7 @@ def validate(value: Any, schema: dict, definition: str | None, where: str) -> An
 
 def with_defaults(value: Any, schema: dict, definitions: dict) -> Any:
     """Return a copy of `value` in which every absent key with a default in the schema is filled in."""
-    if "$ref" in schema:
-        schema = definitions[schema["$ref"].rpartition("/")[2]] | {
-            key: item for key, item in schema.items() if key != "$ref"
-        }
+    schema = _resolved(schema, definitions)
     if isinstance(value, list):
         return [with_defaults(item, schema.get("items", {}), definitions) for item in value]
     if not isinstance(value, dict):
@@ -84,7 +84,7 @@ def with_defaults(value: Any, schema: dict, definitions: dict) -> Any:
     properties = schema.get("properties", {})
     filled = dict(value)
     for key, sub in properties.items():
-        resolved = definitions[sub["$ref"].rpartition("/")[2]] | sub if "$ref" in sub else sub
+        resolved = _resolved(sub, definitions)
         if key not in filled and "default" in resolved:
             filled[key] = resolved["default"]
     other = schema.get("additionalProperties")
@@ -94,23 +94,46 @@ def with_defaults(value: Any, schema: dict, definitions: dict) -> Any:
     return filled
 
 
+def _resolved(schema: dict, definitions: dict) -> dict:
+    """Return the definition that a schema refers to, with what the schema itself says laid over it."""
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return merged(definitions[name], schema) if name else schema
+
+
+def merged(base: dict, overrides: dict) -> dict:
+    """Return `base` with `overrides` laid over it, mapping by mapping."""
+    result = dict(base)
+    for key, value in overrides.items():
+        result[key] = (
+            merged(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+        )
+    return result
+
+
 def check_names(config: dict) -> None:
     """Refuse names that cannot be a path component; UserError names the entry."""
-    evaluation = config.get("evaluation", {})
-    sections = {section: config.get(section, {}) for section in NAMED}
-    sections |= {f"evaluation.{section}": evaluation.get(section, {}) for section in ("suites", "tasks")}
+    evaluation = config["evaluation"]
+    sections = {section: config[section] for section in (*NAMED, "resources")}
+    sections |= {f"evaluation.{section}": evaluation[section] for section in ("suites", "tasks")}
     for section, entries in sections.items():
         for name in entries:
-            check_name(str(name), section)
+            check_name(name, section)
 
 
-def check_name(name: str, section: str) -> None:
-    """Refuse `name` unless it matches [a-z0-9][a-z0-9._-]*, for it becomes a path component."""
+def check_name(name: Any, section: str) -> None:
+    """Refuse `name` unless it is text that matches [a-z0-9][a-z0-9._-]*, for it becomes a path component."""
+    check_is_text(name, section)
     if not NAME.fullmatch(name):
         raise UserError(
             f"{section}: the name `{name}` becomes a file name and must start with a lower-case letter or digit and go "
             "on with lower-case letters, digits, '.', '_' or '-' (no path separators); rename it."
         )
+
+
+def check_is_text(name: Any, section: str) -> None:
+    """Refuse a name that YAML reads as something else: 1, 2.5, yes, null, 2026-01-01."""
+    if not isinstance(name, str):
+        raise UserError(f"{section}: the name `{name}` is {_kind(name)} to YAML, not text; write it in quotes.")
 
 
 def _sentence(error: Any, where: str) -> str:
@@ -154,15 +177,15 @@ def _is_finite(value: Any) -> bool:
 def _shown(value: Any) -> str:
     if isinstance(value, float) and not _is_finite(value):
         return f"{value} (not a finite number)"
+    return "empty" if value is None else f"{value!r} ({_kind(value)})"
+
+
+def _kind(value: Any) -> str:
     names = {
-        bool: "true or false",
-        str: "text",
-        int: "a whole number",
-        float: "a number",
-        list: "a list",
-        dict: "a mapping",
-    }
-    return "empty" if value is None else f"{value!r} ({names.get(type(value), type(value).__name__)})"
+        bool: "true or false", str: "text", int: "a whole number", float: "a number", list: "a list",
+        dict: "a mapping", date: "a date", datetime: "a time", type(None): "nothing",
+    }  # fmt: skip
+    return names.get(type(value), type(value).__name__)
 
 
 def _types(types: str | list[str]) -> str:

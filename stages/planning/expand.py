@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from stages.core.errors import UserError
-from stages.planning.check import check_name, check_names, nearest, validate
+from stages.planning.check import check_is_text, check_name, check_names, merged, nearest, validate
 from stages.planning.methods import METHODS
 
 
@@ -14,8 +14,8 @@ def expand(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
     UserError, one sentence, for an unknown key, a wrong type, a dangling name or an impossible combination.
     """
-    check_names(config)
     full = validate(config, schema, None, "")
+    check_names(full)
     full["corpora"] = {
         name: _validate_kind(name, entry, schema, "corpora", CORPUS_KINDS) for name, entry in full["corpora"].items()
     }
@@ -61,6 +61,8 @@ def expand_matrices(experiments: dict[str, dict]) -> dict[str, dict]:
     expanded: dict[str, dict] = {}
     for name, entry in experiments.items():
         axes = entry.get("matrix", {})
+        if not isinstance(axes, dict):
+            raise UserError(f"Config: `experiments.{name}.matrix` must be a mapping from axes to their values.")
         base = {key: value for key, value in entry.items() if key != "matrix"}
         for choice in itertools.product(*(_axis(name, axis, values) for axis, values in axes.items())):
             label = "-".join([name, *(part for part, _ in choice)])
@@ -77,18 +79,11 @@ def expand_matrices(experiments: dict[str, dict]) -> dict[str, dict]:
     return expanded
 
 
-def merged(base: dict, overrides: dict) -> dict:
-    """Return `base` with `overrides` laid over it, mapping by mapping."""
-    result = dict(base)
-    for key, value in overrides.items():
-        result[key] = (
-            merged(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
-        )
-    return result
-
-
 def _axis(name: str, axis: str, values: Any) -> list[tuple[str, dict]]:
     where = f"experiments.{name}.matrix.{axis}"
+    check_is_text(axis, f"experiments.{name}.matrix")
+    for label in values if isinstance(values, dict) else ():
+        check_is_text(label, where)
     if isinstance(values, dict) and values and all(isinstance(item, dict) for item in values.values()):
         return list(values.items())
     if isinstance(values, list) and values:
@@ -111,7 +106,7 @@ def _nested(path: list[str], value: Any) -> dict:
 def _validate_kind(name: str, entry: dict, schema: dict, section: str, kinds: dict[str, str]) -> dict:
     where = f"{section}.{name}"
     kind = entry.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"Config: `{where}.kind` is `{kind}`; {nearest(str(kind), list(kinds))}")
     return validate(entry, schema, kinds[kind], where)
 
@@ -165,6 +160,7 @@ def _check_references(config: dict) -> None:
         if "pretrain" in entry:
             _known(entry["pretrain"]["corpus"], corpora, f"models.{name}.pretrain.corpus", "corpora")
             _check_heads(name, entry["pretrain"]["architecture"])
+            _check_train(f"models.{name}.pretrain.train", entry["pretrain"]["train"])
     for name in corpora:
         _refuse_circle(name, config, ())
     for name, entry in config["experiments"].items():
@@ -244,21 +240,24 @@ def _check_experiment(name: str, entry: dict, config: dict) -> None:
             "its student."
         )
     train = entry["train"]
-    if train["warmup_steps"] > train["steps"]:
-        raise UserError(
-            f"Config: `{where}.train.warmup_steps` is {train['warmup_steps']}, more than `steps` "
-            f"({train['steps']}); lower it."
-        )
+    _check_train(f"{where}.train", train)
     if losses and train["steps"] == 0:
         raise UserError(
             f"Config: `{where}.train.steps` is 0 but `losses` are given; remove the losses or raise the steps."
         )
+    _check_methods(where, entry)
+
+
+def _check_train(where: str, train: dict) -> None:
+    if train["warmup_steps"] > train["steps"]:
+        raise UserError(
+            f"Config: `{where}.warmup_steps` is {train['warmup_steps']}, more than `steps` "
+            f"({train['steps']}); lower it."
+        )
     if train["train_model_mode"] == "embeddings" and not train["train_embeddings"]:
         raise UserError(
-            f"Config: `{where}.train`: train_model_mode `embeddings` with train_embeddings false trains nothing; "
-            "change one."
+            f"Config: `{where}`: train_model_mode `embeddings` with train_embeddings false trains nothing; change one."
         )
-    _check_methods(where, entry)
 
 
 def _check_methods(where: str, entry: dict) -> None:

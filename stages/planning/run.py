@@ -4,11 +4,12 @@ Jobs parse the Snakefile again when they start, perhaps hours later on another n
 environment variable, so that a config or module edited meanwhile changes nothing in this run.
 """
 
+import dataclasses
 import json
 import os
 import sys
-from base64 import urlsafe_b64encode
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,49 @@ from stages.planning import check, expand, plan, sources
 
 PLAN_VARIABLE = "TOKENSTILL_PLAN"
 LONGEST_ARGUMENT = 50_000
-RECORDS = Path(".snakemake/metadata")
 SCHEMA = Path("workflow/schemas/config.schema.yaml")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All artifacts of a run, and the folder they go to."""
+    """All artifacts of a run, the folder they go to, and the full config they follow from."""
 
     root: str
     nodes: dict[str, plan.Node]
     resources: dict[str, dict[str, int]]
+    config: dict[str, Any]
+    digests: sources.Digests | None = dataclasses.field(default=None, compare=False)
+
+    @cached_property
+    def path(self) -> Path:
+        """Where jobs find this plan."""
+        return Path(self.root) / ".plans" / f"{specs.digest(specs.canonical(self._value()))}.json"
+
+    def write(self) -> None:
+        """Write what jobs read. Only a run that starts jobs does this: a dry run leaves no trace."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files = {self.path: self._value()}
+        files |= {
+            _spec_file(self, text): json.loads(text) for text in map(_spec, self.nodes.values()) if _is_long(text)
+        }
+        for path, value in files.items():
+            if not path.exists():
+                artifact.write_json(path, value)
+        if self.digests:
+            self.digests.save()
+
+    def outdated(self, manifest: str) -> str | None:
+        """Return a sentence on why an artifact on disk is not the planned one, None when it is or there is none."""
+        path, node = Path(self.root) / manifest, self.nodes[manifest]
+        return artifact.outdated(path, node.spec, node.code, Path(self.root)) if path.exists() else None
+
+    def _value(self) -> dict[str, Any]:
+        nodes = plan.to_json(self.nodes)
+        return {"root": self.root, "nodes": nodes, "resources": self.resources, "config": self.config}
 
 
 def start(config: dict[str, Any], files: list[str | Path], base: Path) -> Plan:
-    """Make the plan from the config, write it under its root, and name it in the environment for later jobs.
+    """Make the plan from the config and name it in the environment for later jobs; `write` writes it down.
 
     `files` are the config files as written, `base` the folder of the Snakefile. UserError for a faulty config.
     """
@@ -44,16 +73,8 @@ def start(config: dict[str, Any], files: list[str | Path], base: Path) -> Plan:
     full = expand.expand(config, schema)
     root = Path("results") / full["name"]
     digests = sources.Digests(root / ".digests.json")
-    nodes = plan.build(full, digests)
-    digests.save()
-    made = Plan(str(root), nodes, full["resources"])
-    value = {"root": made.root, "nodes": plan.to_json(nodes), "resources": made.resources, "config": full}
-    path = root / ".plans" / f"{specs.digest(specs.canonical(value))}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(path, value)
-    os.environ[PLAN_VARIABLE] = str(path.resolve())
-    _set_aside(made)
+    made = Plan(str(root), plan.build(full, digests), full["resources"], full, digests)
+    os.environ[PLAN_VARIABLE] = str(made.path.resolve())
     return made
 
 
@@ -67,7 +88,7 @@ def resume() -> Plan:
             f"The plan of this run cannot be read ({PLAN_VARIABLE}: {error}); jobs need the same file system as "
             "the main process."
         ) from None
-    return Plan(value["root"], plan.from_json(value["nodes"]), value["resources"])
+    return Plan(**value | {"nodes": plan.from_json(value["nodes"])})
 
 
 def field(made: Plan, manifest: str, name: str) -> str:
@@ -80,37 +101,20 @@ def field(made: Plan, manifest: str, name: str) -> str:
         return made.root if name == "root" else ""
     if name != "spec":
         return getattr(node, name)
-    text = specs.canonical(node.spec)
-    if len(text) < LONGEST_ARGUMENT:
-        return text
-    path = Path(made.root) / ".plans" / f"{specs.digest(text)}.spec.json"
-    if not path.exists():
-        artifact.write_json(path, node.spec)
-    return f"@{path}"
+    text = _spec(node)
+    return f"@{_spec_file(made, text)}" if _is_long(text) else text
 
 
-def _set_aside(made: Plan) -> None:
-    """Rename the manifests that Snakemake would wrongly trust, so that their artifacts are built again.
-
-    These are artifacts whose files are cut off or missing and, where Snakemake has no record to compare with (a
-    removed .snakemake, results copied from elsewhere), those that carry another identity than planned.
-    """
-    for node in made.nodes.values():
-        path = Path(made.root) / node.manifest
-        if not path.exists():
-            continue
-        fault = artifact.damage(path)
-        if fault is None and not _is_recorded(path) and artifact.read_manifest(path)["lineage"] != node.lineage:
-            fault = f"{path} was built with other settings, inputs or code"
-        if fault:
-            os.replace(path, path.with_name(f"{path.name}.aside"))
-            print(f"{fault.split(': ')[0]}: set aside as {path.name}.aside and built again.", file=sys.stderr)
+def _spec(node: plan.Node) -> str:
+    return specs.canonical(node.spec)
 
 
-def _is_recorded(path: Path) -> bool:
-    """Return whether Snakemake remembers what it made `path` from (snakemake/persistence/file.py)."""
-    name = urlsafe_b64encode(str(path).encode()).decode()
-    return (RECORDS / (name if len(name) < 255 else f"@{name[:254]}")).exists()
+def _is_long(text: str) -> bool:
+    return len(text) >= LONGEST_ARGUMENT
+
+
+def _spec_file(made: Plan, text: str) -> Path:
+    return Path(made.root) / ".plans" / f"{specs.digest(text)}.spec.json"
 
 
 def _prefer_this_python() -> None:

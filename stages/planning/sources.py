@@ -85,10 +85,14 @@ def data_files(name: str, patterns: str | list[str], digests: Digests) -> dict[s
     """Return {path: digest} of the files that the patterns match, in sorted order; UserError when none does."""
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = [match for match in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(match)]
-        if not matches:
-            raise UserError(f"Config: `corpora.{name}.path`: no file matches {pattern}; correct the path.")
-        found.update(matches)
+        path = os.path.expanduser(pattern)
+        # A path that exists is that file, whatever characters it has.
+        matches = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        matched = [match for match in matches if os.path.isfile(match)]
+        if not matched:
+            what = f"{pattern} is a folder: name its files" if matches else f"no file matches {pattern}"
+            raise UserError(f"Config: `corpora.{name}.path`: {what}; correct the path.")
+        found.update(matched)
     return {path: digests.file(Path(path)) for path in sorted(found)}
 
 

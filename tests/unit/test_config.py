@@ -106,6 +106,61 @@ def test_fault_names_key_and_fix(schema, path, value, fragments):
     assert "\n" not in message and len(message) < 400
 
 
+ENTRIES = {
+    "corpora": {"kind": "python_docs"},
+    "tokenizers": {"source": "org/a"},
+    "models": {"path": "org/x", "tokenizer": "a"},
+    "experiments": TRAINED,
+    "evaluation/suites": {"kind": "bits_per_byte", "corpus": "docs"},
+    "evaluation/tasks": {"corpus": "docs"},
+    "resources": {"gpu": 1},
+}
+NO_TEXT = ["1", "2.5", "yes", "2026-01-01", "null", "0x10", "2026-01-01 10:00:00"]
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+@pytest.mark.parametrize("section", [*ENTRIES, "experiments/alm/matrix", "experiments/alm/matrix/axis"])
+def test_names_that_yaml_reads_as_something_else(schema, section, name):
+    """Written as a person writes them; in quotes the same names are fine."""
+    entry = ENTRIES.get(section, {"label": "x"})
+    parsed = yaml.safe_load(f"{name}: {entry!r}".replace("'", '"'))
+    config = changed(section, place_of(section, BASE) | parsed)
+    with pytest.raises(UserError, match="to YAML, not text; write it in quotes") as caught:
+        expand.expand(config, schema)
+    assert section.replace("/", ".") in str(caught.value) and f"`{next(iter(parsed))}`" in str(caught.value)
+
+
+def place_of(section, config):
+    for part in section.split("/"):
+        config = config.get(part, {})
+    return config
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 5, True], ids=str)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "corpora", "tokenizers", "models", "experiments", "evaluation", "evaluation/suites", "evaluation/tasks",
+        "resources", "signals", "corpora/docs", "tokenizers/a", "models/big", "experiments/alm",
+        "experiments/alm/matrix", "experiments/alm/train", "experiments/alm/baseline", "evaluation/suites/heldout",
+        "evaluation/tasks/t", "resources/distill", "tokenizers/a/train", "models/new/pretrain",
+    ],
+)  # fmt: skip
+def test_sections_that_are_no_mapping(schema, place, value):
+    with pytest.raises(UserError) as caught:
+        expand.expand(changed(place, value), schema)
+    message = str(caught.value)
+    assert place.replace("/", ".") in message or place.rpartition("/")[0].replace("/", ".") in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("place", ["corpora/docs/kind", "evaluation/suites/heldout/kind", "experiments/alm/student"])
+@pytest.mark.parametrize("value", [None, ["x"], {"a": 1}, 1, yaml.safe_load("2026-01-01")], ids=str)
+def test_values_that_are_no_text(schema, place, value):
+    with pytest.raises(UserError, match=place.replace("/", r"\.")):
+        expand.expand(changed(place, value), schema)
+
+
 def test_base_is_accepted_and_filled(schema):
     full = expand.expand(copy.deepcopy(BASE), schema)
     experiment = full["experiments"]["alm"]
@@ -168,3 +223,31 @@ def test_data_file_that_matches_nothing_is_refused(schema, tmp_path):
     config = changed("corpora/docs", {"kind": "jsonl", "path": str(tmp_path / "*.jsonl")})
     with pytest.raises(UserError, match=r"corpora.docs.path.*no file matches"):
         plan.build(expand.expand(config, schema), sources.Digests(tmp_path / "digests.json"))
+
+
+ARCHITECTURE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("train", [None, {}, {"steps": 7}, {"train_model_mode": "full"}], ids=str)
+def test_model_from_scratch_trains_all_weights(schema, train):
+    recipe = {"corpus": "docs", "architecture": ARCHITECTURE} | ({} if train is None else {"train": train})
+    config = changed("models/new", {"tokenizer": "a", "pretrain": recipe})
+    config["evaluation"]["models"] = ["new"]
+    nodes = plan.build(expand.expand(config, schema), sources.Digests(Path("/nonexistent/digests.json")))
+    assert nodes["models/new/manifest.json"].spec["train"]["train_model_mode"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("train", "fragments"),
+    [
+        ({"train_model_mode": "lora"}, ["models.new.pretrain.train.train_model_mode", "full"]),
+        ({"train_model_mode": "embeddings"}, ["models.new.pretrain.train.train_model_mode", "full"]),
+        ({"steps": 5, "warmup_steps": 6}, ["models.new.pretrain.train.warmup_steps", "more than `steps`"]),
+        ({"stepz": 5}, ["models.new.pretrain.train.stepz", "did you mean `steps`?"]),
+    ],
+)
+def test_models_from_scratch_are_checked_as_experiments_are(schema, train, fragments):
+    recipe = {"corpus": "docs", "architecture": ARCHITECTURE, "train": train}
+    with pytest.raises(UserError) as caught:
+        expand.expand(changed("models/new", {"tokenizer": "a", "pretrain": recipe}), schema)
+    assert all(fragment in str(caught.value) for fragment in fragments), caught.value

@@ -240,8 +240,8 @@ def test_user_errors(tmp_path):
     latin = pa.array([b"ok", b"caf\xe9"], pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"text": latin}), tmp_path / "latin.parquet")
     cases.append(("parquet", "latin.parquet", {}, r"latin\.parquet holds text that is not UTF-8"))
-    pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "null.parquet")
-    cases.append(("parquet", "null.parquet", {}, r"row 2, column text: found NoneType, expected text"))
+    pq.write_table(pa.table({"text": pa.array([None, None], pa.string())}), tmp_path / "null.parquet")
+    cases.append(("parquet", "null.parquet", {}, r"leaves no training text"))
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "col.parquet")
     cases.append(("parquet", "col.parquet", {}, r"no column text; it has body"))
     (tmp_path / "empty.txt").write_text("")
@@ -270,49 +270,6 @@ def test_any_document_fits_max_bytes(tmp_path):
     found = build(tmp_path, kind="jsonl", files=files, heldout=0.0)["train"]
     assert max(row["bytes"] for row in found) <= 64
     assert sum(row["bytes"] for row in found) == 250_000
-
-
-def test_hub_data_sets(tmp_path, monkeypatch):
-    import datasets
-
-    rows = [{"prompt": f"text {i}"} for i in range(10)]
-    asked = {}
-
-    def load_dataset(path, **arguments):
-        asked.update(arguments, path=path)
-        if path == "gone":
-            raise datasets.exceptions.DatasetNotFoundError("Dataset 'gone' doesn't exist on the Hub")
-        return iter(rows) if arguments["streaming"] else rows
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    hub = {"kind": "hub", "path": "org/set", "split": "train", "revision": "abc", "column": "prompt", "heldout": 0.0}
-    assert len(build(tmp_path, **hub, streaming=True, sample=4)["train"]) == 4
-    assert asked["revision"] == "abc" and asked["path"] == "org/set"
-    assert len(build(tmp_path, **hub, streaming=False)["train"]) == 10
-    with pytest.raises(UserError, match="gone cannot be loaded"):
-        build(tmp_path, **hub | {"path": "gone"})
-
-    def broken_off():
-        yield from rows[:3]
-        raise ConnectionError("connection reset")
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, **arguments: broken_off())
-    with pytest.raises(UserError, match=r"org/set cannot be loaded \(connection reset\)"):
-        build(tmp_path, **hub, streaming=True)
-
-
-def test_a_real_data_set_through_the_hub_kind(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
-    rows = "".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(5))
-    (tmp_path / "set" / "train.jsonl").write_text(rows)
-    for streaming in (False, True):
-        found = build(tmp_path, kind="hub", path=str(tmp_path / "set"), split="train", streaming=streaming, heldout=0.0)
-        assert [row["slots"][0]["text"] for row in found["train"]] == [f"text number {i}" for i in range(5)]
-    with pytest.raises(UserError, match=r"cannot be loaded .*split"):
-        build(tmp_path, kind="hub", path=str(tmp_path / "set"), split="nosuch", heldout=0.0)
 
 
 def test_python_documents_are_real_text():

@@ -212,6 +212,7 @@ def test_config_edited_while_the_job_was_queued(project, monkeypatch):
 
     monkeypatch.delenv(run.PLAN_VARIABLE, raising=False)
     made = run.start(project.config, [], project.folder)
+    made.write()
     set_config("experiments", "alm", "loss_weights", value=[9.0, 9.0])(project)
     assert run.resume() == made
     weights = [loss["weight"] for loss in run.resume().nodes["students/alm/manifest.json"].spec["losses"]]
