@@ -53,7 +53,7 @@ def open_prompts(job: stage.Job, view: "ByteView") -> "tuple[list[Prompt], Encod
             f"{job.inputs['corpus']['name']} has no prompts: no answer of a chat is trained on, and no text is longer "
             f"than prompt_bytes ({job.spec['prompt_bytes']}); change its train_on, or lower prompt_bytes."
         )
-    encoded = encode_prompts(view, prompts)
+    encoded = encode_prompts(view, prompts, job.spec.get("enable_thinking"))
     refuse_inexact(encoded.exact, [prompt.source_id for prompt in prompts], view.name)
     facts = {"examples_without_prompt": sum(not part for part in found), "inexact": int((~encoded.exact).sum())}
     return prompts, encoded, facts
@@ -160,7 +160,7 @@ def generate_rows(
     rows = []
     for place, ids in zip(batch.tolist(), found.tolist(), strict=True):
         stop = next((k + 1 for k, i in enumerate(ids) if i in endings or i in view.special_ids), len(ids))
-        text, reason = answer_of(view, ids[:stop], endings, encoded.prefixed[place])
+        text, reason = answer_of(view, ids[:stop], endings, encoded.leads[place])
         kept = bool(text) and (reason == "stop" or not job.spec["drop_truncated"])
         prompt = prompts[place]
         rows.append(

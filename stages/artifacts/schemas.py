@@ -2,10 +2,11 @@
 
 import pyarrow as pa
 
-SLOT = pa.struct([("role", pa.string()), ("text", pa.string()), ("loss", pa.bool_())])
+SLOT = pa.struct([("role", pa.string()), ("text", pa.string()), ("loss", pa.bool_()), ("extra", pa.string())])
 
 # One row per example, in corpus order. A plain text is one slot of role "text"; a chat has one slot per message,
-# with the roles system, user, assistant. `loss` says whether the slot's tokens are trained on.
+# with the roles system, user, assistant. `loss` says whether the slot's tokens are trained on; `extra` holds the other
+# fields of a message (tool calls, say) as JSON, null for none.
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),  # "<document_id>:<index within the document>"

@@ -1,8 +1,17 @@
 """Cut documents into examples of at most `max_bytes` UTF-8 bytes: text once, here, and nowhere else."""
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-Turn = tuple[str, str, bool]  # role, text, loss
+
+class Turn(NamedTuple):
+    """A message: role ("text" for plain text), its text, whether it is trained on, its other fields as JSON or ""."""
+
+    role: str
+    text: str
+    loss: bool = True
+    extra: str = ""
+
 
 _WHITESPACE = (b" ", b"\t", b"\n", b"\r", b"\f", b"\v")
 
@@ -50,8 +59,8 @@ def cut_turns(turns: list[Turn], max_bytes: int) -> list[list[Turn]]:
             if _size(part) <= max_bytes:
                 examples.append(part)
             else:
-                _, text, loss = part[0]
-                examples += [[("text", piece, loss)] for piece in cut_text(text, max_bytes)]
+                long = part[0]
+                examples += [[Turn("text", piece, long.loss)] for piece in cut_text(long.text, max_bytes)]
     return examples
 
 
@@ -59,7 +68,7 @@ def _exchanges(turns: list[Turn]) -> Iterator[list[Turn]]:
     """Yield runs of turns that end with the last of the answers to one question."""
     unit: list[Turn] = []
     for turn in turns:
-        if unit and unit[-1][0] == "assistant" and turn[0] != "assistant":
+        if unit and unit[-1].role == "assistant" and turn.role != "assistant":
             yield unit
             unit = []
         unit.append(turn)
@@ -80,4 +89,4 @@ def _merged(units: Iterable[list[Turn]], max_bytes: int) -> Iterator[list[Turn]]
 
 
 def _size(turns: list[Turn]) -> int:
-    return sum(len(text.encode()) for _, text, _ in turns)
+    return sum(len(turn.text.encode()) for turn in turns)

@@ -8,10 +8,11 @@ import numpy as np
 from stages.corpora.cutting import Turn, cut_text, cut_turns
 from stages.corpora.examples import example_rows
 from stages.tokenization import ByteView
+from stages.tokenization.rendering import Message
 
 
 class Prompt(NamedTuple):
-    """(role, text) turns that an answer continues: a chat up to an answer, or the start of a plain text.
+    """What an answer continues: the turns of a chat up to it, or the start of a plain text.
 
     `source_id`: the example of the prompts' corpus; `slot`: which of its slots the answer stands for; `starts`: whether
     it begins where its document does.
@@ -19,18 +20,28 @@ class Prompt(NamedTuple):
 
     source_id: str
     slot: int
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[Turn, ...]
     starts: bool
 
     @property
     def plain(self) -> bool:
         """Whether this is the start of a plain text."""
-        return self.turns[0][0] == "text"
+        return self.turns[0].role == "text"
 
     @property
     def document_id(self) -> str:
         """The id of the new document."""
         return f"{self.source_id}:{self.slot}"
+
+    @property
+    def slots(self) -> list[dict[str, Any]]:
+        """The turns as slots of a row of EXAMPLES."""
+        return [turn._asdict() for turn in self.turns]
+
+    @property
+    def messages(self) -> list[Message]:
+        """The turns as a chat template takes them."""
+        return [Message(turn.role, turn.text, turn.extra) for turn in self.turns]
 
 
 def prompts_of(row: Mapping[str, Any], prompt_bytes: int) -> list[Prompt]:
@@ -43,8 +54,8 @@ def prompts_of(row: Mapping[str, Any], prompt_bytes: int) -> list[Prompt]:
     if all(slot["role"] == "text" for slot in slots):
         text = "".join(slot["text"] for slot in slots)
         head = cut_text(text, prompt_bytes)[0]
-        return [Prompt(source, 1, (("text", head),), starts)] if len(head) < len(text) else []
-    turns = tuple((slot["role"], slot["text"]) for slot in slots)
+        return [Prompt(source, 1, (Turn("text", head, False),), starts)] if len(head) < len(text) else []
+    turns = tuple(Turn(slot["role"], slot["text"], False, slot.get("extra") or "") for slot in slots)
     answers = [i for i, slot in enumerate(slots) if i and slot["role"] == "assistant" and slot["loss"]]
     return [Prompt(source, i, turns[:i], starts) for i in answers]
 
@@ -52,37 +63,37 @@ def prompts_of(row: Mapping[str, Any], prompt_bytes: int) -> list[Prompt]:
 class Encoded(NamedTuple):
     """Prompts as tokens.
 
-    `ids`: int32 arrays; `exact` bool [B]: the tokens are the prompt's bytes; `prefixed`: the tokenizer's dummy space
-    comes before the answer.
+    `ids`: int32 arrays; `exact` bool [B]: the tokens are the prompt's bytes; `leads`: for each, (what of the template
+    comes before the text of the answer but is the model's to write, what of the answer the prompt already holds).
     """
 
     ids: list[np.ndarray]
     exact: np.ndarray
-    prefixed: list[bool]
+    leads: list[tuple[str, str]]
 
 
-def encode_prompts(view: ByteView, prompts: Sequence[Prompt]) -> Encoded:
-    """Return the tokens of prompts; those of a chat end with the header that the template puts before an answer."""
-    slots = [
-        [{"role": role, "text": text, "loss": False} for role, text in (*p.turns, *(() if p.plain else ANSWER))]
-        for p in prompts
-    ]
-    batch = view.encode_examples(slots)
-    ids, prefixed = [], []
-    for prompt, start, end in zip(prompts, batch.offsets, batch.offsets[1:], strict=False):
-        # Slots of a message: header 1 + 3m, text 2 + 3m, end of turn 3 + 3m.
-        before = np.full(end - start, True) if prompt.plain else batch.slot[start:end] <= 1 + 3 * len(prompt.turns)
-        ids.append(batch.ids[start:end][before])
-        roles = tuple(role for role, _ in prompt.turns)
-        prefixed.append(not prompt.plain and view.chat_pieces((*roles, "assistant")).turns[-1].prefixed)
-    return Encoded(ids, batch.exact, prefixed)
+def encode_prompts(view: ByteView, prompts: Sequence[Prompt], thinking: bool | None = None) -> Encoded:
+    """Return the tokens of prompts; those of a chat end with what the template adds to make the assistant answer.
+
+    `thinking`: the template's variable enable_thinking, None leaves it undefined.
+    """
+    batches = (
+        view.encode_examples([p.slots for p in prompts if p.plain]),
+        view.encode_prompts([p.slots for p in prompts if not p.plain], thinking),
+    )
+    ids, exact, leads, at = [], np.ones(len(prompts), bool), [], [0, 0]
+    for place, prompt in enumerate(prompts):
+        chat = not prompt.plain
+        batch, number = batches[chat], at[chat]
+        ids.append(batch.ids[batch.offsets[number] : batch.offsets[number + 1]])
+        exact[place] = batch.exact[number]
+        leads.append(view.leads(prompt.messages, thinking) if chat else ("", ""))
+        at[chat] += 1
+    return Encoded(ids, exact, leads)
 
 
-ANSWER = (("assistant", ""),)
-
-
-def answer_of(view: ByteView, ids: Sequence[int], endings: frozenset[int], prefixed: bool) -> tuple[str, str]:
-    """Return (text, finish reason) of the tokens that a teacher answered with.
+def answer_of(view: ByteView, ids: Sequence[int], endings: frozenset[int], leads: tuple[str, str]) -> tuple[str, str]:
+    """Return (text, finish reason) of the tokens that a teacher answered with; `leads` as in `Encoded`.
 
     stop: it ended with a token of `endings`. length: it did not end; a character that is cut off is left out. invalid:
     another special token, or bytes that are no UTF-8, which no text can hold; the text is what comes before.
@@ -90,13 +101,13 @@ def answer_of(view: ByteView, ids: Sequence[int], endings: frozenset[int], prefi
     end = next((place for place, i in enumerate(ids) if i in view.special_ids or i in endings), len(ids))
     reason = "length" if end == len(ids) else "stop" if ids[end] in endings else "invalid"
     content = view.join(ids[:end])
-    if prefixed and content.startswith(b" "):
-        content = content[1:]
     try:
-        return content.decode(), reason
+        text = content.decode()
     except UnicodeDecodeError as error:
         cut_off = reason == "length" and error.end == len(content) and error.reason == "unexpected end of data"
-        return content[: error.start].decode(), reason if cut_off else "invalid"
+        text, reason = content[: error.start].decode(), reason if cut_off else "invalid"
+    written, given = leads
+    return (given + text.removeprefix(written) if text or given else ""), reason
 
 
 def answered_rows(prompt: Prompt, answer: str, ended: bool, max_bytes: int) -> list[dict[str, Any]]:
@@ -105,10 +116,9 @@ def answered_rows(prompt: Prompt, answer: str, ended: bool, max_bytes: int) -> l
     `ended`: whether the answer has an end of its own, which a student then learns too.
     """
     if prompt.plain:
-        examples = _cut_continuation(prompt.turns[0][1], answer, max_bytes)
+        examples = _cut_continuation(prompt.turns[0].text, answer, max_bytes)
     else:
-        turns: list[Turn] = [(role, text, False) for role, text in prompt.turns]
-        examples = cut_turns([*turns, ("assistant", answer, True)], max_bytes)
+        examples = cut_turns([*prompt.turns, Turn("assistant", answer)], max_bytes)
     return example_rows(prompt.document_id, examples, prompt.starts, ended)
 
 
@@ -117,6 +127,6 @@ def _cut_continuation(start: str, rest: str, max_bytes: int) -> list[list[Turn]]
     for piece in cut_text(start + rest, max_bytes):
         known = start[at : at + len(piece)]
         parts = ((known, False), (piece[len(known) :], True))
-        examples.append([("text", text, loss) for text, loss in parts if text])
+        examples.append([Turn("text", text, loss) for text, loss in parts if text])
         at += len(piece)
     return examples

@@ -106,6 +106,7 @@ class _Planner:
             sampling = {key: sampling[key] for key in ("do_sample", "max_new_tokens")}
         spec = {"model": model, "sampling": sampling, "dtype": self.config["signals"]["dtype"]}
         spec |= {key: entry[key] for key in ("prompt_bytes", "drop_truncated", "batch_tokens", "max_bytes")}
+        spec |= {"enable_thinking": entry["enable_thinking"]} if entry["enable_thinking"] is not None else {}
         if sampling["do_sample"]:
             spec["seed"] = entry["seed"]
         tokenizer = self.tokenizer(self.config["models"][entry["teacher"]]["tokenizer"])

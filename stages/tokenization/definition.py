@@ -70,7 +70,7 @@ def make_exact(tokenizer: dict[str, Any]) -> None:
     tokenizer.setdefault("added_tokens", [])
     for token in tokenizer["added_tokens"]:
         if not token["special"]:
-            token["lstrip"] = token["rstrip"] = token["single_word"] = False
+            token["lstrip"] = token["rstrip"] = False
 
 
 def add_token(tokenizer: dict[str, Any], content: str, special: bool = True) -> int:

@@ -17,14 +17,15 @@ from stages.tokenization.definition import (
     prepend_space,
     read_definition,
     to_bytes_only,
-    without_prefix_space,
 )
 from stages.tokenization.kinds import kind_named
 from stages.tokenization.spec import TokenizerSpec
-from stages.tokenization.view import SETTINGS_FILE, ByteView, read_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+SETTINGS_FILE = "byte_view.json"
 
 
 @dataclass
@@ -34,30 +35,6 @@ class Prepared:
     tokenizer: dict[str, Any]
     settings: dict[str, Any]
     config: dict[str, Any]
-
-
-def load(folder: Path) -> ByteView:
-    """Load a ByteView from a folder of the tokenizer stage, or from any other tokenizer folder; see `ByteView.load`."""
-    from tokenizers import Tokenizer
-
-    settings = read_settings(folder)
-    if settings is None:
-        return view_of(prepare(folder, TokenizerSpec(str(folder))), folder)
-    path = folder / "tokenizer.json"
-    unprefixed = None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        if settings["prefix_space"]:
-            unprefixed = _built(without_prefix_space(json.loads(path.read_text(encoding="utf-8"))))
-    except Exception as error:  # the tokenizers library has no other
-        raise UserError(f"{path} cannot be read ({error}): remove {folder} and run snakemake again.") from None
-    return ByteView(tokenizer, unprefixed, settings, folder)
-
-
-def view_of(prepared: Prepared, folder: Path) -> ByteView:
-    """Return the ByteView of a prepared tokenizer."""
-    unprefixed = _built(without_prefix_space(prepared.tokenizer)) if prepared.settings["prefix_space"] else None
-    return ByteView(_built(prepared.tokenizer), unprefixed, prepared.settings, folder)
 
 
 def prepare(folder: Path, spec: TokenizerSpec) -> Prepared:
@@ -107,9 +84,9 @@ def settle(definition: Definition, spec: TokenizerSpec, function: str | None) ->
         "named": named,
         "template": definition.template,
     }
-    built = _built(tokenizer)
-    _check_ids(tokenizer, built, spec.name)
-    settings["byte_function"], prefixed = _probe(built, settings, function)
+    made = built(tokenizer)
+    _check_ids(tokenizer, made, spec.name)
+    settings["byte_function"], prefixed = _probe(made, settings, function)
     settings["prefix_space"] = ("always" if prefixes_every_section(tokenizer) else "first") if prefixed else None
     described = {key: value for key, value in settings.items() if key != "name"}
     content = json.dumps([tokenizer, described], sort_keys=True, ensure_ascii=True)
@@ -127,6 +104,15 @@ def write(prepared: Prepared, folder: Path) -> None:
     _dump(folder / "tokenizer_config.json", prepared.config)
     _dump(folder / SETTINGS_FILE, prepared.settings)
     (folder / "chat_template.jinja").write_text(prepared.settings["template"], encoding="utf-8")
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings in a folder written by the tokenizer stage, None for another folder."""
+    path = folder / SETTINGS_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): remove {folder} and run snakemake again.") from None
 
 
 def _check_ids(tokenizer: dict[str, Any], built: "Tokenizer", name: str) -> None:
@@ -195,7 +181,8 @@ def _distance(text: str, back: str) -> int:
     return sum(a != b for a, b in zip(text, back, strict=False)) + abs(len(text) - len(back))
 
 
-def _built(tokenizer: dict[str, Any]) -> "Tokenizer":
+def built(tokenizer: dict[str, Any]) -> "Tokenizer":
+    """Return the tokenizer of a parsed tokenizer.json; UserError when the library cannot read it."""
     from tokenizers import Tokenizer
 
     try:

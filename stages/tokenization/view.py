@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import compress
 from operator import itemgetter
@@ -14,34 +15,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from stages.core.errors import UserError
-from stages.tokenization import chat, encoding
+from stages.tokenization import encoding, sources
 from stages.tokenization.byte_functions import byte_function, is_fallback
+from stages.tokenization.definition import without_prefix_space
+from stages.tokenization.layout import END, HEADER, PLAIN_ROLES, SLOTS_PER_MESSAGE, Layout, Part, Template
+from stages.tokenization.rendering import Message
+from stages.tokenization.spec import TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BOUNDARY_BYTES = {"space": 0x20, "tab": 0x09, "newline": 0x0A}
 DEFAULT_BOUNDARY = "space+tab+newline+special"
-SETTINGS_FILE = "byte_view.json"
 
 
 class Turn(NamedTuple):
-    """Token ids around a message's content; `prefixed`: the content carries the tokenizer's dummy space."""
+    """Token ids of the template around a message's content."""
 
     header: Sequence[int]
     end: Sequence[int]
-    prefixed: bool
-
-
-class Template(NamedTuple):
-    """Token ids of an example's template: the start slot and one Turn per message."""
-
-    start: Sequence[int]
-    turns: Sequence[Turn]
 
 
 class ByteView:
-    """A tokenizer whose every token is bytes. Make one with `load`, or `stages.tokenization.sources.resolve`.
+    """A tokenizer whose every token is bytes. Make one with `load`, or `of`.
 
     vocab_size: ids including added tokens; token_bytes: list of bytes, None for specials; lengths int32 [vocab], 0 for
     specials; special_ids; role_of: special id -> role; roles: role -> special id; start_id (bos, else eos), eos_id,
@@ -58,8 +54,10 @@ class ByteView:
         self.prefix_space: str | None = settings["prefix_space"]  # None, "first" or "always"
         self._tokenizer = _text_mode(tokenizer)
         self._unprefixed = _text_mode(unprefixed) if unprefixed is not None else self._tokenizer
-        self._template_cache: dict[Any, Template] = {}
+        self._template_pieces: dict[int, tuple[Layout, list[Part | tuple[int, int]]]] = {}
         self._read_vocabulary()
+        variables = {f"{role}_token": content for role, content in settings["named"].items()}
+        self.template = Template(settings["template"], variables, list(self._specials), self.name)
         self._name_specials()
 
     @classmethod
@@ -68,9 +66,28 @@ class ByteView:
 
         UserError when it has none, or when the tokenizer loses bytes.
         """
-        from stages.tokenization import sources
+        folder = Path(folder)
+        settings = sources.read_settings(folder)
+        if settings is None:
+            return cls.of(sources.prepare(folder, TokenizerSpec(str(folder))), folder)
+        from tokenizers import Tokenizer
 
-        return sources.load(Path(folder))
+        path = folder / "tokenizer.json"
+        unprefixed = None
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+            if settings["prefix_space"]:
+                unprefixed = sources.built(without_prefix_space(json.loads(path.read_text(encoding="utf-8"))))
+        except Exception as error:  # the tokenizers library has no other
+            raise UserError(f"{path} cannot be read ({error}): remove {folder} and run snakemake again.") from None
+        return cls(tokenizer, unprefixed, settings, folder)
+
+    @classmethod
+    def of(cls, prepared: sources.Prepared, folder: Path) -> ByteView:
+        """Return the view of a prepared tokenizer."""
+        prefixed = prepared.settings["prefix_space"]
+        unprefixed = sources.built(without_prefix_space(prepared.tokenizer)) if prefixed else None
+        return cls(sources.built(prepared.tokenizer), unprefixed, prepared.settings, folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ByteView.load, (self.folder,)
@@ -112,8 +129,8 @@ class ByteView:
         self.eos_id: int | None = self.roles.get("eos")
         self.start_id: int | None = self.roles.get("bos", self.eos_id)
         self.pad_id: int = self.roles.get("pad", self.eos_id if self.eos_id is not None else 0)
-        turns = self.chat_pieces(chat.PLAIN_ROLES).turns[2:]
-        header = [i for i in turns[0].header if i in self.special_ids]
+        turns = self.turns()
+        header = [i for i in turns[2].header if i in self.special_ids]
         end = [i for i in turns[1].end if i in self.special_ids]
         for role, ids in (("header", header[:1]), ("end_header", header[1:]), ("end_of_turn", end)):
             if ids:
@@ -158,12 +175,21 @@ class ByteView:
     def encode_examples(
         self, slots_per_example: Sequence[Sequence[Mapping[str, Any]]], ends_document: Sequence[bool] | None = None
     ) -> encoding.EncodedBatch:
-        """Encode examples whose slots are {"role": str, "text": str, "loss": bool}, as in the EXAMPLES schema.
+        """Encode examples whose slots are {"role", "text", "loss"} and perhaps "extra", as in the EXAMPLES schema.
 
-        Plain text (role "text"): [start][text][eos if the document ends]; a chat: the template's pieces around each
-        content. Trained are the texts with `loss`, the end of turn after one, and a plain text's eos.
+        Plain text (role "text"): [start][text][eos if the document ends]; a chat: what the template renders. Trained
+        are the texts with `loss`, the end of turn after one, and a plain text's eos.
         """
         return encoding.encode_examples(self, slots_per_example, ends_document)
+
+    def encode_prompts(
+        self, slots_per_example: Sequence[Sequence[Mapping[str, Any]]], thinking: bool | None = None
+    ) -> encoding.EncodedBatch:
+        """Encode chats as `encode_examples` does, each with what the template adds to make the assistant answer.
+
+        `thinking`: the template's variable enable_thinking; None leaves it undefined.
+        """
+        return encoding.encode_examples(self, slots_per_example, None, prompted=True, thinking=thinking)
 
     def string_of(self, identity: int) -> str:
         """Return how a token is written: a special's own text, else its bytes, with U+FFFD for partial characters."""
@@ -210,71 +236,62 @@ class ByteView:
         ends[-1] = size
         return ends
 
-    def plain_pieces(self, slots: int, bare: bool) -> Template:
-        """Return the template of a plain text of `slots` slots: a start token and nothing else; `bare`: nothing.
+    def leads(self, messages: Sequence[Message], thinking: bool | None = None) -> tuple[str, str]:
+        """Return `Template.leads`, the dummy space that the tokenizer puts before an answer with them."""
+        written, given = self.template.leads(messages, thinking)
+        if written or given or self.prefix_space != "always":
+            return written, given
+        prompt = encoding.encode_examples(
+            self, [[m._asdict() | {"loss": False} for m in messages]], None, prompted=True, thinking=thinking
+        )
+        fresh = not len(prompt.ids) or int(prompt.ids[-1]) in self.special_ids
+        return (" " if fresh else ""), ""
 
-        Only the first slot is at the start of a text, where a tokenizer may add its dummy space.
-        """
-        start = () if bare or self.start_id is None else (self.start_id,)
-        return Template(start, tuple(Turn((), (), slot == 0) for slot in range(slots)))
+    def turns(self) -> list[Turn]:
+        """Return the ids of the template around the contents of two rounds of user and assistant."""
+        layout = self.template.plain()
+        slots = [number * SLOTS_PER_MESSAGE for number in range(len(PLAIN_ROLES))]
+        return [Turn(*(self.template_ids(layout, slot + kind) for kind in (HEADER, END))) for slot in slots]
 
-    def chat_pieces(self, roles: tuple[str, ...]) -> Template:
-        """Return the token ids around the contents of a conversation of `roles`; cached per sequence of roles."""
-        if roles not in self._template_cache:
-            start, turns = chat.literals(self.settings["template"], roles, self._variables, self.name)
-            pieces: list[Turn] = []
-            before = start
-            for header, end in turns:
-                opens = not before and not pieces
-                ids, prefixed = self._header_ids(header, opens, opens or self._ends_special(before))
-                pieces.append(Turn(ids, self._literal_ids(end, False), prefixed or (not header and not pieces)))
-                before = end
-            self._template_cache[roles] = Template(self._literal_ids(start, bool(start)), pieces)
-        return self._template_cache[roles]
+    def template_pieces(self, layout: Layout) -> list[Part | tuple[int, int]]:
+        """Return a layout's parts, with (slot, id) for each special token of its template text."""
+        known = self._template_pieces.get(id(layout))
+        if known is None:
+            known = self._template_pieces[id(layout)] = (layout, self._cut_at_specials(layout.parts))
+        return known[1]
 
-    def generation_prompt(self, roles: tuple[str, ...]) -> list[int]:
-        """Return the ids that the template adds after messages of `roles` to make the assistant answer."""
-        return list(self._literal_ids(chat.generation_prompt(self.settings["template"], roles, self._variables), False))
+    def _cut_at_specials(self, parts: Sequence[Part]) -> list[Part | tuple[int, int]]:
+        """Cut template text at special tokens, which take the whitespace beside them where their flags say so."""
+        found: list[Part | tuple[int, int]] = []
+        strip_next = False
+        for part in parts:
+            if part.content or not self._specials:
+                literal = part.literal.lstrip() if strip_next and part.literal else part.literal
+                strip_next = strip_next and literal == ""
+                found += [replace(part, literal=literal)] if literal != "" else []
+                continue
+            at, text = 0, part.literal or ""
+            for match in [*self._special_pattern.finditer(text), None]:
+                literal = text[at : match.start() if match else len(text)]
+                literal = literal.lstrip() if strip_next else literal
+                strip_next = strip_next and not literal
+                found += [replace(part, literal=literal)] if literal else []
+                if match:
+                    token = self._special_tokens[self._specials[match[0]]]
+                    if token.lstrip:
+                        _strip_end(found)
+                    found.append((part.slot, self._specials[match[0]]))
+                    at, strip_next = match.end(), token.rstrip
+        return found
 
-    @property
-    def _variables(self) -> dict[str, str]:
-        return {f"{role}_token": content for role, content in self.settings["named"].items()}
-
-    def _header_ids(self, header: str, opens: bool, fresh: bool) -> tuple[Sequence[int], bool]:
-        """Return (ids of a header, whether the content after it takes the dummy space).
-
-        `opens`: nothing comes before; `fresh`: nothing or a special token does. A header that ends in a space hands it
-        to the dummy, which gives the very tokens of the joined text ("[INST] " + "Hello" is "[INST]", "▁Hello"); the
-        space stays a template token where no dummy exists.
-        """
-        dummy = opens or (fresh and self.prefix_space == "always")
-        if self.prefix_space is None:
-            return self._literal_ids(header, False), False
-        if header.endswith(" "):
-            return self._literal_ids(header[:-1], dummy), True
-        content_is_fresh = self._ends_special(header) if header else fresh
-        return self._literal_ids(header, dummy), content_is_fresh and self.prefix_space == "always"
-
-    def _ends_special(self, literal: str) -> bool:
-        return any(literal.endswith(content) for content in self._specials)
-
-    def _literal_ids(self, literal: str, dummy: bool) -> list[int]:
-        """Return the ids of template text, in which special tokens are special tokens.
-
-        `dummy`: text at the very start gets the dummy space.
-        """
+    def template_ids(self, layout: Layout, slot: int) -> list[int]:
+        """Return the ids of the template text of a slot, by itself."""
         ids: list[int] = []
-        at, strip_next = 0, False
-        for match in [*self._special_pattern.finditer(literal), None] if self._specials else [None]:
-            token = self._special_tokens[self._specials[match[0]]] if match else None
-            text = literal[at : match.start() if match else len(literal)]
-            text = text.lstrip() if strip_next else text
-            text = text.rstrip() if token is not None and token.lstrip else text
-            if text:
-                ids += self.text_ids([text], [dummy if at == 0 else self.prefix_space == "always"])[0]
-            if match and token is not None:
-                ids.append(self._specials[match[0]])
-                at, strip_next = match.end(), token.rstrip
+        for piece in self.template_pieces(layout):
+            if not isinstance(piece, Part):
+                ids += [piece[1]] if piece[0] == slot else []
+            elif piece.slot == slot and not piece.content and piece.literal:
+                ids += self.text_ids([piece.literal], [self.prefix_space == "always"])[0]
         return ids
 
     @cached_property
@@ -331,17 +348,18 @@ class ByteView:
         return ids
 
 
+def _strip_end(pieces: list[Part | tuple[int, int]]) -> None:
+    """Take the whitespace from the end of the last pieces, in place."""
+    while pieces and isinstance(pieces[-1], Part) and pieces[-1].literal is not None:
+        literal = pieces[-1].literal.rstrip()
+        if literal:
+            pieces[-1] = replace(pieces[-1], literal=literal)
+            return
+        pieces.pop()
+
+
 def _text_mode(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the settings in a folder written by the tokenizer stage, None for another folder."""
-    path = folder / SETTINGS_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): remove {folder} and run snakemake again.") from None

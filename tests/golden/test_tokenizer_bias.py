@@ -10,7 +10,7 @@ from stages.alignment.covers import CoverFinder
 from stages.alignment.statistics import SIDES
 from stages.tokenization import ByteView
 from stages.tokenization.byte_functions import byte_level
-from stages.tokenization.sources import prepare, view_of
+from stages.tokenization.sources import prepare
 from stages.tokenization.spec import TokenizerSpec
 from tests.conftest import golden_file
 from tests.unit.test_bias import Definition, defined_bias, dictionaries, some_counts, unigram
@@ -19,7 +19,7 @@ from tests.unit.test_bias import Definition, defined_bias, dictionaries, some_co
 @pytest.fixture(scope="module")
 def views(golden):
     folders = [golden_file(golden, f"small_tokenizers/{side}") for side in SIDES]
-    return [view_of(prepare(folder, TokenizerSpec(folder.name, source="GPT2")), folder) for folder in folders]
+    return [ByteView.of(prepare(folder, TokenizerSpec(folder.name, source="GPT2")), folder) for folder in folders]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from stages.alignment.statistics import SIDES, PairStatistics
-from stages.tokenization.sources import prepare, view_of
+from stages.tokenization import ByteView
+from stages.tokenization.sources import prepare
 from stages.tokenization.spec import TokenizerSpec
 from tests.conftest import golden_file
 
@@ -14,7 +15,7 @@ from tests.conftest import golden_file
 @pytest.fixture(scope="module")
 def views(golden):
     folders = [golden_file(golden, f"small_tokenizers/{side}") for side in SIDES]
-    return {f.name: view_of(prepare(f, TokenizerSpec(f.name, source="GPT2")), f) for f in folders}
+    return {f.name: ByteView.of(prepare(f, TokenizerSpec(f.name, source="GPT2")), f) for f in folders}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from stages.core.errors import UserError
 from stages.planning import expand, plan, run, sources
 from stages.tokenization import ByteView
 from stages.tokenization.byte_functions import byte_alphabet
-from stages.tokenization.sources import load, write
+from stages.tokenization.sources import write
 from stages.tokenization.training import train_tokenizer
 from tests.unit import tiny
 from tests.unit import tokenizers_zoo as zoo
@@ -43,7 +43,7 @@ def view(name):
         return zoo.views()[name]
     folder = Path(mkdtemp())
     write(train_tokenizer({"kind": "sentencepiece_bpe", "vocab_size": 600}, lambda: iter(zoo.TEXT), name), folder)
-    return load(folder)
+    return ByteView.load(folder)
 
 
 def dictionaries(finder, strings):
@@ -163,7 +163,7 @@ def tokenizer_of(merges, folder):
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return load(zoo.save(tokenizer, folder))
+    return ByteView.load(zoo.save(tokenizer, folder))
 
 
 @settings(max_examples=100, deadline=None)
@@ -195,7 +195,7 @@ def test_whole_words_are_looked_up_first(tmp_path):
     for word in ("thew", "Ġtheory", "hex", "he"):
         tokenizer["model"]["vocab"].setdefault(word, len(tokenizer["model"]["vocab"]))
     path.write_text(json.dumps(tokenizer))
-    finder, definition = CoverFinder(load(tmp_path)), Definition(load(tmp_path))
+    finder, definition = CoverFinder(ByteView.load(tmp_path)), Definition(ByteView.load(tmp_path))
     assert finder.adjacency is None
     strings = [b"th", b" the", b"the", b"he", b"h", b"thew", b"a the"]
     found = dictionaries(finder, strings)
