@@ -2,14 +2,14 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.core.errors import UserError
 from stages.corpora.cutting import Turn, cut_text
-from stages.corpora.files import Row, json_rows, parquet_rows, text_of
+from stages.corpora.files import Row, rows_of, text_of
 from stages.corpora.messages import NotText, turns_of
 
 
@@ -42,10 +42,9 @@ def read_documents(spec: dict[str, Any], counts: Counter[str]) -> Iterator[Docum
     files = sorted(Path(path).expanduser() for path in spec["files"])
     if kind == "txt":
         return (document for path in files for document in _text_documents(path, spec["max_bytes"]))
-    read = {"jsonl": lambda stream, name: json_rows(stream, name)}
-    read["parquet"] = lambda stream, name: parquet_rows(stream, name, list(columns))
-    if kind in read:
-        return (d for path in files for d in _documents(_file_rows(path, read[kind]), columns, str(path), counts))
+    if kind in ("jsonl", "parquet"):
+        tables = ((str(path), _file_rows(path, kind, list(columns))) for path in files)
+        return (document for name, rows in tables for document in _documents(rows, columns, name, counts))
     raise UserError(f"Corpus kind {kind!r} is unknown; use hub, jsonl, parquet, txt, python_docs or subset.")
 
 
@@ -66,9 +65,9 @@ def _text_documents(path: Path, max_bytes: int) -> Iterator[Document]:
         yield Document((Turn("text", piece),), number == 0, number == len(pieces) - 1)
 
 
-def _file_rows(path: Path, read: Callable[..., Iterator[Row]]) -> Iterator[Row]:
+def _file_rows(path: Path, kind: str, columns: list[str]) -> Iterator[Row]:
     with open(path, "rb") as stream:
-        yield from read(stream, str(path))
+        yield from rows_of(kind, stream, str(path), columns)
 
 
 def _documents(rows: Iterable[Row], columns: dict[str, bool], where: str, counts: Counter[str]) -> Iterator[Document]:
