@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import UserError
 from stages.evaluation.results import Table, table
-from stages.evaluation.watched import heard, sentence, watch
+from stages.evaluation.watched import Warnings, heard, sentence, watch
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -81,12 +81,12 @@ def run_tasks(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval forks this process once a core for standard errors
     with heard() as warnings:
         asked = AskedModel(model, tokenizer, suite.get("batch_size") or 16, length_limit(model))
-        named = _load(tasks, manager)
-        with sentence("The suite's tasks do not go together"):
+        named = _load(tasks, manager, warnings)
+        with sentence("The suite's tasks do not go together", warnings):
             loaded = manager.load(named)
         notes = [watch(name, task) for name, task in loaded["tasks"].items()]
         warnings.clear()
-        with sentence(f"lm-eval failed in {', '.join(map(_task_name, tasks))}"):
+        with sentence(f"lm-eval failed in {', '.join(map(_task_name, tasks))}", warnings):
             results = lm_eval.simple_evaluate(
                 model=asked,
                 tasks=named,
@@ -106,18 +106,23 @@ def run_tasks(
     made.notes += [note for part in notes for note in part]
     made.notes += [(task, f"{count} {text}") for (task, text), count in sorted(asked.notes.items())]
     made.notes += [("", text) for text in warnings.lines(without=TOLD)]
+    wanted = suite.get("num_fewshot")
+    for row in made.results:
+        if wanted is not None and row["num_fewshot"] not in (None, wanted):
+            given = f"is asked with {row['num_fewshot']} examples, as its file says, and not with {wanted}"
+            made.notes.append((row["task"], given))
     made.notes = list(dict.fromkeys(made.notes))
     return made
 
 
-def _load(tasks: list[str | dict[str, Any]], manager: "TaskManager") -> "list[Task | Group]":
+def _load(tasks: list[str | dict[str, Any]], manager: "TaskManager", warnings: Warnings) -> "list[Task | Group]":
     """Return the task or group that each entry names, and all tasks of a tag."""
     found: dict[str, Any] = {}
     for spec in tasks:
         name = _task_name(spec)
         if name in found and isinstance(spec, dict):
             raise UserError(f"The suite names two tasks {name!r}, one of them built: rename it in evaluation.tasks.")
-        with sentence(f"lm-eval cannot load task {name!r} or its data"):
+        with sentence(f"lm-eval cannot load task {name!r} or its data", warnings):
             part = manager.load([spec])
         inside = {child for group in part["groups"].values() for child in group.child_names}
         top = part["groups"] | part["tasks"]

@@ -1,6 +1,7 @@
 """What lm-eval returns as plain rows: every metric by task, metric and filter, and its values document by document."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def table(results: dict[str, Any], loaded: dict[str, Any]) -> Table:
     groups = {name: _of_group(results["results"][name], group, tasks) for name, group in loaded["groups"].items()}
     made = Table()
     leading = _leading(groups | tasks, loaded)
+    made.notes += [(name, "gives no metric") for name, metrics in tasks.items() if not metrics]
     for name, metrics in (groups | tasks).items():
         for (metric, kind), documents in metrics.items():
             row = _row(results, name, metric, kind) | {"n": len(documents.owners)}
@@ -105,18 +107,28 @@ def _documents(name: str, task: "Task", samples: list[dict[str, Any]]) -> dict[K
 
 
 def _one(task: str, pairs: list[tuple[int, Any]], aggregate: "Callable[[list[Any]], float]") -> Documents:
-    """Return the values of one metric; pairs (value, weight) are told from other pairs by what `aggregate` makes."""
+    """Return the values of one metric: numbers, what `aggregate` makes of each item alone, or pairs (value, weight).
+
+    Which they are is told by whether `aggregate` of many is a formula of them.
+    """
     owners, items = [(task, doc_id) for doc_id, _ in pairs], [item for _, item in pairs]
-    weighted = all(isinstance(item, list | tuple) and len(item) == 2 for item in items)
-    columns = zip(*items, strict=True) if weighted else (items, [1] * len(items))
-    values, weights = (np.array([math.nan if (n := number(x)) is None else n for x in column]) for column in columns)
-    formula = None
-    if np.isfinite(values).all() and np.isfinite(weights).all():
-        formula = formula_of(values, weights, lambda draw: aggregate([items[index] for index in draw]))
-    if weighted and formula is None:
-        values, weights = np.full((2, len(items)), math.nan)
     missing = sum(number(item) is None for item in items if isinstance(item, float | np.floating))
-    return Documents(owners, values, weights, formula, missing)
+    ones = [1.0] * len(items)
+    tried = [(items, ones), ([aggregate([item]) for item in items], ones)]
+    if all(isinstance(item, list | tuple) and len(item) == 2 for item in items):
+        tried.append(tuple(zip(*items, strict=True)))
+    for columns in tried:
+        values, weights = map(_floats, columns)
+        if np.isfinite([values, weights]).all():
+            formula = formula_of(values, weights, lambda draw: aggregate([items[index] for index in draw]))
+            if formula:
+                return Documents(owners, values, weights, formula, missing)
+    return Documents(owners, _floats(items), np.array(ones), None, missing)
+
+
+def _floats(items: Sequence[Any]) -> np.ndarray:
+    """Return items as floats, nan for what is no finite number."""
+    return np.array([math.nan if (found := number(item)) is None else found for item in items])
 
 
 def _of_group(values: dict[str, Any], group: "Group", tasks: dict[str, dict[Key, Documents]]) -> dict[Key, Documents]:

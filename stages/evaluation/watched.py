@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 LONGEST = 300  # characters of another library's words
+LARGEST = 1e150  # number that can be squared
 
 
 def words(error: Exception) -> str:
     """Return an exception as words: type, message, and the line of code that raised it."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {shortened(text)} ({Path(where.filename).name}, line {where.lineno})"
+    text = f": {shortened(str(error))}" if str(error) else ""
+    return f"{type(error).__name__}{text} ({Path(where.filename).name}, line {where.lineno})"
 
 
 def shortened(text: str) -> str:
@@ -32,14 +33,16 @@ def shortened(text: str) -> str:
 
 
 @contextmanager
-def sentence(failed: str) -> Iterator[None]:
-    """Raise what is raised inside as a UserError that begins with `failed`."""
+def sentence(failed: str, heard: "Warnings | None" = None) -> Iterator[None]:
+    """Raise what is raised inside as a UserError that begins with `failed`, and with what was `heard` meanwhile."""
+    before = heard.last if heard else None
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{failed}: {words(error)}; correct the task or the suite.") from error
+        said = f"; before that: {shortened(heard.last)}" if heard and heard.last is not before else ""
+        raise UserError(f"{failed}: {words(error)}{said}; correct the task or the suite.") from error
 
 
 class Warnings(logging.Handler):
@@ -48,10 +51,12 @@ class Warnings(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.places: dict[tuple[str, int], list[Any]] = {}
+        self.last: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a record."""
-        place = self.places.setdefault((record.pathname, record.lineno), [record.funcName, record.getMessage(), 0])
+        self.last = record.getMessage()
+        place = self.places.setdefault((record.pathname, record.lineno), [record.funcName, self.last, 0])
         place[2] += 1
         if place[2] == 1:
             print(f"{record.name}: {place[1]}", file=sys.stderr, flush=True)
@@ -135,7 +140,7 @@ class _Aggregations:
 class _Aggregation:
     """An aggregation function that gives nan, and a note of its first call, where it fails or gives no number.
 
-    It equals the function that it stands for, by which lm-eval looks the standard error up; no more when it failed.
+    It equals the function that it stands for, by which lm-eval looks the standard error up, unless that would fail.
     """
 
     def __init__(self, task: str, metric: str, function: Callable, notes: list[tuple[str, str]]) -> None:
@@ -154,7 +159,9 @@ class _Aggregation:
                 self.notes.append((self.task, f"{self.metric} cannot be aggregated ({words(error)})"))
             self.works = bool(self.works)
             return math.nan
-        self.works = True if self.works is None else self.works
+        if self.works is None:
+            # lm-eval squares what it takes the mean of for the standard error.
+            self.works = not any(isinstance(item, float) and LARGEST < abs(item) < math.inf for item in items)
         return value
 
     def __eq__(self, other: object) -> bool:
