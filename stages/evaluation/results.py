@@ -107,19 +107,21 @@ def _documents(name: str, task: "Task", samples: list[dict[str, Any]]) -> dict[K
 
 
 def _one(task: str, pairs: list[tuple[int, Any]], aggregate: "Callable[[list[Any]], float]") -> Documents:
-    """Return the values of one metric: numbers, what `aggregate` makes of each item alone, or pairs (value, weight).
+    """Return the values of one metric: numbers, pairs (value, weight), or what `aggregate` makes of each item alone.
 
     Which they are is told by whether `aggregate` of many is a formula of them.
     """
     owners, items = [(task, doc_id) for doc_id, _ in pairs], [item for _, item in pairs]
     missing = sum(number(item) is None for item in items if isinstance(item, float | np.floating))
     ones = [1.0] * len(items)
-    tried = [(items, ones), ([aggregate([item]) for item in items], ones)]
+    tried: list[tuple[Sequence[Any], Sequence[Any]]] = [(items, ones)]
     if all(isinstance(item, list | tuple) and len(item) == 2 for item in items):
         tried.append(tuple(zip(*items, strict=True)))
+    tried.append(([aggregate([item]) for item in items], ones))
     for columns in tried:
         values, weights = map(_floats, columns)
-        if np.isfinite([values, weights]).all():
+        # Pairs that begin with nothing but zeros would be taken for weighted ones wherever the metric is zero.
+        if np.isfinite([values, weights]).all() and (values.any() or columns[1] is ones):
             formula = formula_of(values, weights, lambda draw: aggregate([items[index] for index in draw]))
             if formula:
                 return Documents(owners, values, weights, formula, missing)

@@ -13,13 +13,21 @@ NO_PAIRS = "no paired comparison"
 
 
 @dataclass(frozen=True)
+class Side:
+    """What is compared: one model or experiment, or the group of experiments that differ in their seeds only."""
+
+    name: str
+    is_group: bool
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """What is compared: one pair of names, or several that differ in their seeds only."""
+    """Two sides and the pairs of names that make them, one for each seed."""
 
     kind: str
+    a: Side
+    b: Side
     members: list[tuple[str, str]]
-    a: str  # the name, or of several the group's
-    b: str
     within_seeds: bool  # one of a group that has a comparison of its own
 
 
@@ -34,9 +42,10 @@ def compare_all(
     rows = []
     for comparison in comparisons(pairs(experiments, asked, {name for name, _ in found}), entries):
         members = comparison.members
-        names = labels if len(members) == 1 else labels | group_labels
-        facts = {"a": comparison.a, "label_a": names.get(comparison.a, comparison.a), "kind": comparison.kind}
-        facts |= {"b": comparison.b, "label_b": names.get(comparison.b, comparison.b), "seeds": len(members)}
+        facts = {"kind": comparison.kind, "seeds": len(members)}
+        for column, side in (("a", comparison.a), ("b", comparison.b)):
+            called = group_labels if side.is_group else labels
+            facts |= {column: side.name, f"label_{column}": called.get(side.name, side.name)}
         facts |= {"story": entries.get(members[0][0], {}).get("story") or "", "within_seeds": comparison.within_seeds}
         for suite, kind in sorted(suites.items()):
             sides = [[found.get((name, suite), {}) for name in pair] for pair in members]
@@ -51,18 +60,20 @@ def compare_all(
 def comparisons(wanted: list[tuple[str, str, str]], entries: dict[str, dict[str, Any]]) -> list[Comparison]:
     """Return every wanted (a, b, kind), each group of them that differ in their seeds only before its members."""
 
-    def group(name: str) -> str:
-        return entries.get(name, {}).get("group") or name
+    def side(name: str) -> Side:
+        group = entries.get(name, {}).get("group")
+        return Side(group or name, bool(group))
 
-    grouped: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+    grouped: dict[tuple[Side, Side, str], list[tuple[str, str]]] = {}
     for a, b, kind in wanted:
-        grouped.setdefault((group(a), group(b), kind), []).append((a, b))
+        grouped.setdefault((side(a), side(b), kind), []).append((a, b))
     found = []
-    for (a, b, kind), members in grouped.items():
+    for (first, second, kind), members in grouped.items():
         several = len(members) > 1
         if several:
-            found.append(Comparison(kind, members, a, b, within_seeds=False))
-        found += [Comparison(kind, [pair], *pair, within_seeds=several) for pair in members]
+            found.append(Comparison(kind, first, second, members, within_seeds=False))
+        for a, b in members:
+            found.append(Comparison(kind, Side(a, False), Side(b, False), [(a, b)], within_seeds=several))
     return found
 
 
