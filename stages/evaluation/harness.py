@@ -44,8 +44,8 @@ def task_manager(names: list[str], include_path: str | None) -> "TaskManager":
         raise UserError(f"The task folder {include_path} does not exist: correct `include_path` of the suite.")
     with sentence(f"lm-eval cannot read the task files in {include_path}"):
         manager = TaskManager(include_path=include_path, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        manager = TaskManager(include_path=include_path, include_defaults=True)
+        if any(name not in manager.all_tasks for name in names):
+            manager = TaskManager(include_path=include_path, include_defaults=True)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
@@ -102,8 +102,9 @@ def run_tasks(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
+    failed = [note for part in notes for note in part]  # before the table asks for aggregations of its own
     made = table(results, loaded)
-    made.notes += [note for part in notes for note in part]
+    made.notes += failed
     made.notes += [(task, f"{count} {text}") for (task, text), count in sorted(asked.notes.items())]
     made.notes += [("", text) for text in warnings.lines(without=TOLD)]
     wanted = suite.get("num_fewshot")

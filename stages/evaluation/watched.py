@@ -88,8 +88,8 @@ def watch(name: str, task: "Task") -> list[tuple[str, str]]:
     Returned is a list that fills with (task, sentence) of the aggregations that fail or that the task lacks.
     """
     notes: list[tuple[str, str]] = []
-    for method in ("fewshot_context", "construct_requests", "process_results"):
-        setattr(task, method, _of_document(name, task, getattr(task, method)))
+    for method, given in (("fewshot_context", object), ("construct_requests", object), ("process_results", dict)):
+        setattr(task, method, _of_document(name, task, getattr(task, method), given))
     task.apply_filters = _of_task(name, task.apply_filters)
     functions = task.aggregation
     task.aggregation = lambda: _Aggregations(name, functions(), notes)
@@ -104,16 +104,14 @@ def _of_task(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _of_document(name: str, task: "Task", method: Callable[..., Any]) -> Callable[..., Any]:
+def _of_document(name: str, task: "Task", method: Callable[..., Any], given: type) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         try:
             found = method(*arguments, **named)
-            if method.__name__ == "process_results" and not isinstance(found, dict):
-                raise TypeError(f"process_results must return a mapping of metrics, not {type(found).__name__}")
+            if not isinstance(found, given):
+                raise TypeError(f"found {type(found).__name__}, expected {given.__name__}")
             return found
         except Exception as error:
-            if isinstance(error, UserError):
-                raise
             document = named["doc"] if "doc" in named else arguments[0]
             number = next((str(i) for i, other in enumerate(task.eval_docs) if other == document), "?")
             raise UserError(

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import re
 import unicodedata
 import warnings
@@ -15,8 +16,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's palette without black and yellow: distinguishable with colour blindness, legible on white and black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#7f7f7f")
@@ -71,13 +71,14 @@ def plain(name: str) -> str:
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[-(LONGEST // 2 - 1) :]}"
 
 
-def legend(place: Axes | Figure, entries: dict[str, Any], **options: Any) -> None:
-    """Draw a legend of {name: what was drawn}; a figure's goes below it, in as many columns as its names leave room."""
+def legend(figure: Figure, entries: dict[str, Any]) -> None:
+    """Draw a legend of {name: what was drawn} below a figure, in as many columns as its names leave room."""
     names = [plain(name) for name in entries]
-    if isinstance(place, Figure):
-        letters = place.get_figwidth() * 72 / 6 / (6 + max(map(len, names)))
-        options |= {"loc": "outside lower center", "ncols": max(1, min(4, int(letters)))}
-    made: Legend = place.legend(list(entries.values()), [str(number) for number in range(len(names))], **options)
+    letters = figure.get_figwidth() * 72 / 6
+    columns = max(1, min(4, int(letters / (6 + max(map(len, names))))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
+    numbers = [str(number) for number in range(len(names))]
+    made = figure.legend(list(entries.values()), numbers, loc="outside lower center", ncols=columns, fontsize=8)
     for text, name in zip(made.get_texts(), names, strict=True):
         text.set_text(name)  # only now: matplotlib leaves out labels that begin with an underscore
 
@@ -157,11 +158,16 @@ def compute_scatter(points: list[dict[str, Any]]) -> Figure:
         flops = [point["flops"] for point in points]
         if max(flops) > 3 * min(flops):
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(
+                lambda value, _: f"{value:.0e}".replace("e+0", "e")
+            )  # the default is a formula
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.35)
         _label_points(axis, points, height=240)
         axis.set_xlabel("forward FLOPs per byte of text")
         axis.set_ylabel("bits per byte")
-        legend(axis, drawn)
+        legend(figure, drawn)
     return figure
 
 
@@ -207,7 +213,7 @@ def learning_curves(curves: list[dict[str, Any]]) -> Figure:
             axis.set_title(loss)
             axis.set_xlabel("optimizer step")
         axes[0, 0].set_ylabel("loss")
-        legend(figure, lines, fontsize=8)
+        legend(figure, lines)
     return figure
 
 

@@ -50,6 +50,10 @@ def middle(items):
 def mapping(items):
     return {"mean": 1.0}
 
+def needs_two(items):
+    assert len(items) > 1
+    return 7.0
+
 def breaks(items):
     raise RuntimeError("no luck")
 

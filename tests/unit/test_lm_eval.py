@@ -159,6 +159,7 @@ FAULTY = {
     "huge": (scored_by("huge"), {"huge": pytest.approx(1e200), "acc": 1.0}),
     "no_number": (aggregated_by("mapping"), {"acc": None}),
     "breaks": (aggregated_by("breaks"), {"acc": None}),
+    "needs_two": (aggregated_by("needs_two"), {"acc": 7.0}),
     "empty": (scored_by("no_metric"), {}),
 }
 
@@ -170,8 +171,8 @@ def test_one_metric_without_a_number_loses_no_other(world, name):
     results = world.results("model", [name, "choice"])
     assert {row["metric"]: row["value"] for row in results["results"] if row["task"] == name} == expected
     assert all(row["value"] is not None for row in results["results"] if row["task"] == "choice")
-    if None in expected.values() or not expected:
-        assert any(note["task"] == name for note in results["notes"])
+    noted = any(note["task"] == name and "no aggregation" not in note["note"] for note in results["notes"])
+    assert noted == (None in expected.values() or not expected)
     for row in results["results"]:
         assert row["aggregation"] is None or row["value"] is not None
 
@@ -187,7 +188,7 @@ def test_a_perplexity_that_overflows_is_left_empty(world):
 BAD_FILTER = [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "(["}]}]
 SENTENCES = {
     "fails": (scored_by("fails"), "Task fails, document 2: process_results failed with KeyError: 'gone'"),
-    "no_mapping": (scored_by("no_mapping"), "document 0: .* must return a mapping of metrics, not list"),
+    "no_mapping": (scored_by("no_mapping"), "document 0: process_results failed with TypeError: found list"),
     "cannot_ask": (CHOICE | {"doc_to_text": Functions("cannot_ask")}, "Task cannot_ask, document 1: .*no question"),
     "bad_filter": (ANSWER | {"filter_list": BAD_FILTER}, "Task bad_filter failed in its filters"),
     "none_left": (CHOICE | {"process_docs": Functions("none_left")}, "cannot load task 'none_left' or its data"),
