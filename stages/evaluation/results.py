@@ -1,7 +1,7 @@
 """What lm-eval returns as plain rows: every metric by task, metric and filter, and its values document by document."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ def _notes(row: dict[str, Any], documents: Documents, given: Any) -> list[tuple[
     """Return what is missing in a row."""
     name = f"{row['metric']} ({row['filter']})"
     if row["value"] is None:
-        return [(row["task"], f"{name} is {given!r}, no finite number, and left empty")]
+        return [(row["task"], f"{name} is {given}, no finite number, and left empty")]
     missing = f"{name} is no finite number in {documents.missing} documents"
     return [(row["task"], missing)] if documents.missing else []
 
@@ -113,19 +113,22 @@ def _one(task: str, pairs: list[tuple[int, Any]], aggregate: "Callable[[list[Any
     """
     owners, items = [(task, doc_id) for doc_id, _ in pairs], [item for _, item in pairs]
     missing = sum(number(item) is None for item in items if isinstance(item, float | np.floating))
-    ones = [1.0] * len(items)
-    tried: list[tuple[Sequence[Any], Sequence[Any]]] = [(items, ones)]
-    if all(isinstance(item, list | tuple) and len(item) == 2 for item in items):
-        tried.append(tuple(zip(*items, strict=True)))
-    tried.append(([aggregate([item]) for item in items], ones))
-    for columns in tried:
-        values, weights = map(_floats, columns)
-        # Pairs that begin with nothing but zeros would be taken for weighted ones wherever the metric is zero.
-        if np.isfinite([values, weights]).all() and (values.any() or columns[1] is ones):
+    for values, weights in _readings(items, aggregate):
+        if np.isfinite([values, weights]).all():
             formula = formula_of(values, weights, lambda draw: aggregate([items[index] for index in draw]))
             if formula:
                 return Documents(owners, values, weights, formula, missing)
-    return Documents(owners, _floats(items), np.array(ones), None, missing)
+    return Documents(owners, _floats(items), np.ones(len(items)), None, missing)
+
+
+def _readings(items: list[Any], aggregate: "Callable[[list[Any]], float]") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the values and weights that items may stand for."""
+    yield _floats(items), np.ones(len(items))
+    if all(isinstance(item, list | tuple) and len(item) == 2 for item in items):
+        values, weights = map(_floats, zip(*items, strict=True))
+        if values.any():  # nothing but zeros would be taken for weighted values wherever the metric is zero
+            yield values, weights
+    yield _floats([aggregate([item]) for item in items]), np.ones(len(items))
 
 
 def _floats(items: Sequence[Any]) -> np.ndarray:

@@ -66,14 +66,16 @@ def figures(summary: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def notes(evaluations: list[dict[str, Any]], labels: dict[str, str]) -> list[dict[str, str]]:
-    """Return {label, suite, task, note} of what the evaluations have to say of their numbers."""
-    found = []
+def notes(evaluations: list[dict[str, Any]], labels: dict[str, str]) -> list[dict[str, Any]]:
+    """Return {models, suite, task, note} of what the evaluations have to say of their numbers."""
+    found: dict[tuple[str, str, str], list[str]] = {}
     for evaluation in evaluations:
         model, suite = collect.place_of(evaluation)
         for note in collect.results_of(evaluation)["notes"]:
-            found.append({"label": labels.get(model, model), "suite": suite} | note)
-    return found
+            found.setdefault((suite, note["task"], note["note"]), []).append(labels.get(model, model))
+    return [
+        {"models": models, "suite": suite, "task": task, "note": note} for (suite, task, note), models in found.items()
+    ]
 
 
 def signals(index: dict[str, Any]) -> dict[str, Any] | None:
