@@ -1,5 +1,6 @@
 """Evaluate a model: bits per byte of held-out text, or tasks of the LM Evaluation Harness."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from stages.core import stage
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
             rows, facts = bits_per_byte(job, model, draft)
         else:
             rows, facts = lm_eval_tasks(job, model, manager, draft)
+        for note in facts["notes"]:
+            print(f"note: {note['task']}: {note['note']}", file=sys.stderr, flush=True)
         write_json(draft.folder / "results.json", facts | {"results": rows})
         draft.metrics |= {key: value for key, value in facts.items() if key != "model"} | {"results": rows}
 
@@ -56,6 +59,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     from stages.artifacts.schemas import EXAMPLES, SCORES
     from stages.artifacts.tables import read_table, write_table
     from stages.evaluation import bits_per_byte as formulas
+    from stages.evaluation.results import number
     from stages.evaluation.scoring import token_bits
     from stages.models.description import describe
     from stages.tokenization import ByteView
@@ -83,23 +87,28 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     per_example = np.add.reduceat(np.append(bits, 0.0), batch.offsets[:-1])
     tokens = np.add.reduceat(np.append(scored, False).astype(np.int32), batch.offsets[:-1])
     sizes = np.array([sum(len(slot["text"].encode()) for slot in row if slot["loss"]) for row in slots], np.int32)
-    columns = [examples["example_id"], examples["document_id"], sizes, tokens, per_example]
+    known = pa.array(per_example, mask=~np.isfinite(per_example))
+    columns = [examples["example_id"], examples["document_id"], sizes, tokens, known]
     table = pa.table(dict(zip(SCORES.names, columns, strict=True)), schema=SCORES)
     write_table(draft.folder / "samples.parquet", table, job.identity)
     draft.describe["samples.parquet"] = {"rows": table.num_rows}
     value, error, documents = formulas.ratio_with_error(per_example, sizes, examples["document_id"].to_pylist())
     flops = formulas.forward_flops_per_token(described, formulas.mean_context(lengths))
     per_byte = float(tokens.sum() / sizes.sum())
+    corpus = job.inputs["corpus"]["path"].parent.name
+    text = f"the model gives no finite bits to {known.null_count} of {len(known)} examples, so there is no figure"
     facts = {
         "suite": "bits_per_byte",
         "model": described.parameters,
+        "notes": [{"task": corpus, "note": text}] if known.null_count else [],
         "bytes": int(sizes.sum()),
         "tokens_per_byte": per_byte,
         "forward_flops_per_byte": flops * per_byte,
         "inexact_examples": int((~batch.exact).sum()),
     }
-    row = {"task": job.inputs["corpus"]["path"].parent.name, "metric": "bits_per_byte", "value": value, "stderr": error}
-    return [row | {"n": documents, "higher_is_better": False}], facts
+    row = {"task": corpus, "metric": "bits_per_byte", "filter": "none", "value": number(value), "stderr": number(error)}
+    row |= {"n": documents, "higher_is_better": False, "aggregation": "mean", "leads": True}
+    return [row], facts
 
 
 def text_tokens(batch: "EncodedBatch") -> "np.ndarray":
@@ -129,11 +138,11 @@ def lm_eval_tasks(
     described.cut_padding()
     built = [harness.built_task(task["path"].parent, task["spec"]["name"]) for task in job.inputs.get("tasks", [])]
     tasks = [*(suite.get("tasks") or []), *built]
-    results = harness.run_tasks(model, tokenizer, tasks, manager, suite, job.spec["seed"])
-    samples = pa.Table.from_pylist(harness.sample_rows(results), schema=TASK_SAMPLES)
-    write_table(draft.folder / "samples.parquet", samples, job.identity)
-    draft.describe["samples.parquet"] = {"rows": samples.num_rows}
-    return harness.result_rows(results), {"suite": "lm_eval", "model": described.parameters}
+    found = harness.run_tasks(described, tokenizer, tasks, manager, suite, job.spec["seed"])
+    write_table(draft.folder / "samples.parquet", pa.Table.from_pylist(found.samples, TASK_SAMPLES), job.identity)
+    draft.describe["samples.parquet"] = {"rows": len(found.samples)}
+    notes = [{"task": task, "note": text} for task, text in found.notes]
+    return found.results, {"suite": "lm_eval", "model": described.parameters, "notes": notes}
 
 
 if __name__ == "__main__":

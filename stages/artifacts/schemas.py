@@ -128,13 +128,15 @@ SCORES = pa.schema(
     ]
 )
 
-# Scores of an lm-eval suite, one row per task, document and metric.
+# Scores of an lm-eval suite, one row per document, metric and filter of each task, and of each group that has one.
 TASK_SAMPLES = pa.schema(
     [
-        ("task", pa.string()),
+        ("task", pa.string()),  # task or group
+        ("subtask", pa.string()),  # the task that the document is of: of a group, one of its tasks
         ("doc_id", pa.int64()),
         ("filter", pa.string()),
         ("metric", pa.string()),
-        ("value", pa.float64()),
+        ("value", pa.float64()),  # as the task gave it; null where it is no finite number
+        ("weight", pa.float64()),  # see stages.evaluation.aggregation
     ]
 )

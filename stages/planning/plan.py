@@ -302,9 +302,9 @@ class _Planner:
         def of(stage: str) -> list[str]:
             return [manifest for manifest, node in self.nodes.items() if node.stage == stage]
 
+        kept = ("label", "story", "student", "teacher", "tokenizer", "losses", "seed", "group")
         experiments = [
-            {"name": name, "control": self.control(name)}
-            | {key: entry[key] for key in ("label", "story", "student", "teacher", "tokenizer", "losses", "seed")}
+            {"name": name, "control": self.control(name)} | {key: entry[key] for key in kept}
             for name, entry in self.config["experiments"].items()
         ]
         inputs = {
