@@ -32,7 +32,7 @@ def gradients(found, expected, message="", of=None):
 def _close(found, expected, rtol, scale, message):
     found = np.asarray(found, np.float64)
     assert found.shape == expected.shape, f"{message} {found.shape} {expected.shape}"
-    allowed = rtol * np.abs(expected) + ROUNDING * np.minimum(scale, 1.0)
+    allowed = np.where(np.isfinite(expected), rtol * np.abs(expected) + ROUNDING * np.minimum(scale, 1.0), 0.0)
     wrong = ~(np.abs(found - expected) <= allowed) & (found != expected)
     if wrong.any():
         excess = np.where(wrong, np.abs(found - expected) / (allowed + 1e-300), 0)
