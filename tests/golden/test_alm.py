@@ -186,7 +186,7 @@ def test_case(group, case, loaded):
     )
 
 
-def torn(case, segments, mask, columns):
+def torn(case, segments, mask):
     """Whether an empty column lies between chunks that the reference may merge."""
     if "merge_by_space_prob" not in case["alm_mode"]:
         return False
@@ -202,8 +202,10 @@ def check_difference(
     gcounts = np.zeros((len(seg_t), columns), np.int64)
     (table,), _, _, _ = reference_tables(single, seg_t, seg_s, mask_t, mask_s, boundary, columns, gcounts)
     theirs, _ = summed([table], signals, boundary, student, options)
-    empty_side = np.setdiff1d(np.arange(len(table.count)), table.student)
-    if not torn(case, seg_t, mask_t, columns) and not len(empty_side):
+    scored_t, scored_s = (flat(masked(s, m)[0], columns) for s, m in ((seg_t, mask_t), (seg_s, mask_s)))
+    both = np.intersect1d(scored_t[scored_t >= 0], scored_s[scored_s >= 0])
+    half_empty = np.setdiff1d(scored_t[scored_t >= 0], both)
+    if not torn(case, seg_t, mask_t) and not len(half_empty):
         # Same members, so the same numerator; the right denominator counts every merged chunk once.
         assert np.array_equal(ours.teacher, table.teacher) and np.array_equal(ours.student, table.student)
         assert np.array_equal(ours.teacher_end, table.teacher_end) and np.array_equal(ours.count, table.count)
@@ -213,8 +215,6 @@ def check_difference(
     else:
         # Reference defects: an empty column breaks a merge with the boundary mass of row 0, a chunk with student
         # tokens on no side counts as log-likelihood 0. Right: only chunks scored on both sides, joined when adjacent.
-        scored_t, scored_s = (flat(masked(s, m)[0], columns) for s, m in ((seg_t, mask_t), (seg_s, mask_s)))
-        both = np.intersect1d(scored_t[scored_t >= 0], scored_s[scored_s >= 0])
         assert np.array_equal(ours.teacher >= 0, np.isin(scored_t, both))
         assert np.array_equal(ours.student >= 0, np.isin(scored_s, both))
         assert ours.count.sum() == np.isin(scored_t, both).sum()
