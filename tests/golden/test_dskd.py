@@ -92,7 +92,7 @@ def tokenkit_terms(case, found, name):
     mask, teacher_mask = (torch.tensor(found[f"loss_mask_{side}"][:, 1:]) for side in ("student", "teacher"))
     masked = projected + pad
     ce = -torch.log_softmax(masked, -1).gather(-1, target[..., None])[..., 0]
-    right = (masked.argmax(-1) == target) * mask
+    right = (projected.argmax(-1) == target) * mask  # padding columns can win there
     options = options_of(case) | {"kd_temp": case["kd_temp"]}
     teacher = projected.detach()
     kd = tempered(name, teacher, (logits + pad)[:, :-1], options, case["teacher_temperature"])
