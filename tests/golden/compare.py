@@ -50,5 +50,6 @@ def model_kinds(folder: Path) -> dict[str, str]:
         for entry in content if isinstance(content, list) else [content]:
             if isinstance(entry, dict):
                 sides = [key.removeprefix("model_kind_") for key in entry if key.startswith("model_kind_")]
-                kinds |= {entry[side]: entry[f"model_kind_{side}"] for side in sides if side in entry}
+                names = {side: entry.get(side, entry.get(f"{side}_vocab")) for side in sides}
+                kinds |= {name: entry[f"model_kind_{side}"] for side, name in names.items() if name}
     return kinds
