@@ -86,7 +86,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     bits = token_bits(described, batch.ids, batch.offsets, scored, BATCH_TOKENS)
     per_example = np.add.reduceat(np.append(bits, 0.0), batch.offsets[:-1])
     tokens = np.add.reduceat(np.append(scored, False).astype(np.int32), batch.offsets[:-1])
-    sizes = np.array([sum(len(slot["text"].encode()) for slot in row if slot["loss"]) for row in slots], np.int32)
+    sizes = scored_bytes(slots, batch, scored)
     known = pa.array(per_example, mask=~np.isfinite(per_example))
     columns = [examples["example_id"], examples["document_id"], sizes, tokens, known]
     table = pa.table(dict(zip(SCORES.names, columns, strict=True)), schema=SCORES)
@@ -111,9 +111,27 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     return [row], facts
 
 
+def scored_bytes(slots: list[list[dict[str, Any]]], batch: "EncodedBatch", scored: "np.ndarray") -> "np.ndarray":
+    """Return int32 [B]: the bytes of each example's contents that are scored, `scored` bool [N] being their tokens.
+
+    A content that the template leaves out is trained on by its row but has no tokens.
+    """
+    import numpy as np
+
+    from stages.tokenization.layout import SLOTS_PER_MESSAGE
+
+    example = np.repeat(np.arange(len(slots)), np.diff(batch.offsets))
+    there = set(zip(example[scored].tolist(), (batch.slot[scored] // SLOTS_PER_MESSAGE).tolist(), strict=True))
+    sizes = [
+        sum(len(slot["text"].encode()) for number, slot in enumerate(row) if (place, number) in there)
+        for place, row in enumerate(slots)
+    ]
+    return np.array(sizes, np.int32)
+
+
 def text_tokens(batch: "EncodedBatch") -> "np.ndarray":
     """Return bool [N]: the token belongs to a text that is trained on, and not to the template or to an eos."""
-    from stages.tokenization.encoding import SLOTS_PER_MESSAGE
+    from stages.tokenization.layout import SLOTS_PER_MESSAGE
 
     return batch.loss & (batch.slot % SLOTS_PER_MESSAGE == 2)
 

@@ -38,10 +38,12 @@ def _turn(message: Any, where: str) -> Turn:
     content = message.get("content", message.get("value"))
     text = _joined(content) if isinstance(content, list) else "" if content is None else content
     reasoning = next((found for key in REASONING if isinstance(found := message.get(key), str) and found), None)
+    reasoned: dict[str, bool] = {}
     if reasoning and isinstance(text, str) and "</think>" not in text:
-        text = REASONED.format(reasoning.strip("\n"), text)
+        text, reasoned = REASONED.format(reasoning.strip("\n"), text), {"reasoned": True}
     # Tables have every field in every message, null where it has none.
     extra = {key: value for key, value in message.items() if key not in READ and value not in (None, [], {}, "")}
+    extra |= reasoned
     if extra.get("tool_calls") and content is None:
         extra["content"] = None
     said = json.dumps(_without_nulls(extra), sort_keys=True, ensure_ascii=False, default=str) if extra else ""

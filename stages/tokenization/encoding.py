@@ -148,21 +148,19 @@ def encode_examples(
     """Encode examples given as slots {"role", "text", "loss"}; see `ByteView.encode_examples`."""
     pieces = _Pieces()
     widths = np.empty(len(slots_per_example), np.int64)
-    exact = np.ones(len(slots_per_example), bool)
     for example, slots in enumerate(slots_per_example):
         pieces.open = False
         if all(slot["role"] == "text" for slot in slots):
             ends = ends_document is not None and bool(ends_document[example])
             widths[example] = SCALE * _lay_out_text(view, pieces, example, slots, ends, bare)
         else:
-            width, exact[example] = _lay_out_chat(view, pieces, example, slots, prompted, thinking)
-            widths[example] = SCALE * width
+            widths[example] = SCALE * _lay_out_chat(view, pieces, example, slots, prompted, thinking)
     places = [place for place, texts in enumerate(pieces.texts) if texts]
     joined = ["".join(pieces.texts[place]) for place in places]
     found = view.text_ids(joined, [pieces.prefixed[place] for place in places])
     for place, ids in zip(places, found, strict=True):
         pieces.ids[place] = ids
-    return _assemble(view, pieces, dict(zip(places, joined, strict=True)), widths, exact)
+    return _assemble(view, pieces, dict(zip(places, joined, strict=True)), widths)
 
 
 def _lay_out_text(
@@ -193,8 +191,11 @@ def _lay_out_chat(
     slots: Sequence[Mapping[str, Any]],
     prompted: bool,
     thinking: bool | None,
-) -> tuple[int, bool]:
-    """Append a chat; return (its width in units, whether the template shows all of it that is trained on)."""
+) -> int:
+    """Append a chat; return its width in units.
+
+    A turn of which the template shows a part alone, without its reasoning say, is not trained on.
+    """
     messages = [Message(slot["role"], slot["text"], slot.get("extra") or "") for slot in slots]
     shapes = [view.template.shape(message.text) for message in messages]
     layout = view.template.layout(messages, shapes, prompted, thinking)
@@ -202,7 +203,7 @@ def _lay_out_chat(
     units = [1]  # of the header of each message, and of the end of the document
     for size in sizes:
         units.append(units[-1] + size + 2)
-    loss = [bool(slot["loss"]) and number not in layout.silent for number, slot in enumerate(slots)]
+    loss = [bool(slot["loss"]) and number not in layout.silent | layout.dropped for number, slot in enumerate(slots)]
     at = [0] * len(slots)  # characters of each content that are laid out
     fresh = True
     for part in view.template_pieces(layout):
@@ -230,7 +231,7 @@ def _lay_out_chat(
             content = isinstance(part, Part) and part.content
             pieces.add_text(example, slot, base, trained, content, literal or "", _size(literal or ""), dummy)
         fresh = False
-    return units[-1] + 1, not any(loss[message] for message in layout.dropped)
+    return units[-1] + 1
 
 
 def _stretch(part: Part, runs: Sequence[tuple[int, int]], at: int) -> tuple[int, int]:
@@ -247,9 +248,7 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _assemble(
-    view: Speller, pieces: _Pieces, texts: dict[int, str], widths: np.ndarray, exact: np.ndarray
-) -> EncodedBatch:
+def _assemble(view: Speller, pieces: _Pieces, texts: dict[int, str], widths: np.ndarray) -> EncodedBatch:
     counts = np.fromiter(map(len, pieces.ids), np.int64, len(pieces.ids))
     ids = np.fromiter(chain.from_iterable(pieces.ids), np.int32, int(counts.sum()))
     segment = np.repeat(np.arange(len(counts)), counts)
@@ -268,6 +267,7 @@ def _assemble(
     _mark_widthless(ends, content & (clipped == 0), slot, example)
     segment_example = np.zeros(len(counts), np.int64)
     segment_example[np.asarray(pieces.segment, np.int64)] = as_array["example"]
+    exact = np.ones(len(widths), bool)
     exact[segment_example[~good]] = False
     per_example = np.bincount(example, minlength=len(widths)) if len(ids) else np.zeros(len(widths), np.int64)
     return EncodedBatch(

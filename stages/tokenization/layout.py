@@ -15,6 +15,7 @@ from typing import Any
 from stages.core.errors import UserError
 from stages.tokenization.rendering import (
     FIRST_MARK,
+    REASONED,
     REASONING,
     THINK,
     Message,
@@ -55,7 +56,7 @@ class Part:
 class Layout:
     """The parts of a rendering in order. `dropped`: messages with a run of text that the template leaves out.
 
-    `silent`: messages with fields, a tool call say, of which the rendering shows nothing.
+    `silent`: messages with tool calls that the rendering does not show.
     """
 
     parts: tuple[Part, ...]
@@ -375,14 +376,16 @@ def _kept(literal: str, bare: str | None, left: str, right: str) -> tuple[str, s
 def _fields(template: str, message: Message, content: str, parsed: bool) -> dict[str, Any]:
     """Return a message as the template takes it."""
     fields: dict[str, Any] = {"role": message.role, "content": content} | json.loads(message.extra or "{}")
+    reasoned = fields.pop(REASONED, False)
     if parsed:
         for call in fields.get("tool_calls") or []:
             function = call.get("function", call)
             if isinstance(function.get("arguments"), str):
                 function["arguments"] = json.loads(function["arguments"])
-    # Reasoning is the beginning of a content; a template that reads it from a field of its own gets it there.
+    # Reasoning that a data set has in a field of its own is the beginning of the content here; a template that reads
+    # such a field gets it there.
     opened, closed = THINK
-    if reads_reasoning(template) and closed not in template and content.startswith(opened) and closed in content:
+    if reasoned and reads_reasoning(template) and closed in content:
         reasoning, _, rest = content.removeprefix(opened).partition(closed)
         fields |= dict.fromkeys(REASONING, reasoning.strip("\n")) | {"content": rest.lstrip("\n")}
     return fields

@@ -17,12 +17,12 @@ RENDER_DATE = datetime.datetime(2024, 7, 26)
 # Fields of a message that hold the reasoning before an answer, and what marks it within a content.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 THINK = ("<think>", "</think>")
+REASONED = "reasoned"  # among the other fields of a message: its content begins with what a data set has in REASONING
 FIRST_MARK = 0xF0000  # private characters stand for runs of text
-# Methods of strings whose arguments a content is compared with or cut at.
-COMPARING = (
-    "split", "rsplit", "partition", "rpartition", "startswith", "endswith", "replace", "find", "rfind", "index",
-    "count", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix",
-)  # fmt: skip
+# Methods of strings that look for their arguments anywhere in a content, and those that look at its ends, where
+# whitespace stays as it is.
+ANYWHERE = ("split", "rsplit", "partition", "rpartition", "replace", "find", "rfind", "index", "count")
+AT_ENDS = ("startswith", "endswith", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix")
 
 
 class TemplateRefusal(Exception):
@@ -117,8 +117,9 @@ def _looked_for(template: str) -> re.Pattern[str] | None:
 
     found: set[str] = set()
     for call in _tree(template).find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr in COMPARING:
-            found |= set(_strings(call.args))
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in (*ANYWHERE, *AT_ENDS):
+            inside = call.node.attr in ANYWHERE
+            found |= {text for text in _strings(call.args) if text.strip() or inside}
     for filtered in _tree(template).find_all(nodes.Filter):
         if filtered.name == "replace":
             found |= set(_strings(filtered.args))
@@ -126,7 +127,7 @@ def _looked_for(template: str) -> re.Pattern[str] | None:
         if any(operand.op in ("in", "notin") for operand in compare.ops):
             found |= {text for text in _strings([compare.expr]) if not re.fullmatch(r"\w+", text)}
     found |= set(THINK) if reads_reasoning(template) else set()
-    wanted = sorted((text for text in found if text.strip()), key=len, reverse=True)
+    wanted = sorted(found - {"", " "}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, wanted))) if wanted else None
 
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from stages.alignment import BiasTable, align
 from stages.alignment.bias import ChunkEnds, TokenPairs, biases, probability_mass, suffix_pairs
 from stages.alignment.covers import CoverFinder
+from stages.tokenization import ByteView
 from stages.tokenization.byte_functions import byte_alphabet
 from stages.tokenization.sources import write
 from stages.tokenization.training import train_tokenizer
