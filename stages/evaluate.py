@@ -61,7 +61,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     from stages.evaluation import bits_per_byte as formulas
     from stages.evaluation.results import number
     from stages.evaluation.scoring import token_bits
-    from stages.models.description import describe
+    from stages.models.description import describe, usable
     from stages.tokenization import ByteView
     from stages.tokenization.batches import refuse_inexact
 
@@ -81,6 +81,7 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     name, lengths = job.spec["model"]["name"], np.diff(batch.offsets)
     longest = int(lengths.argmax())
     largest, where = examples["bytes"][longest].as_py(), examples["example_id"][longest].as_py()
+    view = usable(view, model, name)
     described = describe(model, name, view.vocab_size, view.name)
     described.check_length(int(lengths[longest]), largest, where)
     bits = token_bits(described, batch.ids, batch.offsets, scored, BATCH_TOKENS)
@@ -146,13 +147,14 @@ def lm_eval_tasks(
     from stages.artifacts.schemas import TASK_SAMPLES
     from stages.artifacts.tables import write_table
     from stages.evaluation import harness
-    from stages.models.description import describe
+    from stages.models.description import describe, usable
+    from stages.tokenization import ByteView
 
     suite = job.spec["suite"]
     tokenizer = AutoTokenizer.from_pretrained(job.inputs["tokenizer"]["path"].parent)
-    # Not len(tokenizer), which counts tokens: ids may have holes.
-    ids = max(tokenizer.get_vocab().values()) + 1
-    described = describe(model, job.spec["model"]["name"], ids, job.inputs["tokenizer"]["path"].parent.name)
+    name = job.spec["model"]["name"]
+    view = usable(ByteView.load(job.inputs["tokenizer"]["path"].parent), model, name)
+    described = describe(model, name, view.vocab_size, view.name)
     described.cut_padding()
     built = [harness.built_task(task["path"].parent, task["spec"]["name"]) for task in job.inputs.get("tasks", [])]
     tasks = [*(suite.get("tasks") or []), *built]

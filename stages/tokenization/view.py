@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -139,6 +140,36 @@ class ByteView:
         for role in ("end_header", "header", "end_of_turn", "unk", "pad", "bos", "eos"):
             if role in self.roles:
                 self.role_of[self.roles[role]] = role
+
+    def limited(self, rows: int, model: str) -> ByteView:
+        """Return this tokenizer without its ids from `rows` on, for which the model called `model` has no row.
+
+        UserError when a text or the template can need one of them.
+        """
+        if rows >= self.vocab_size:
+            return self
+        template = {piece[1] for piece in self.template_pieces(self.template.plain()) if not isinstance(piece, Part)}
+        needed = {i for role, i in self.roles.items() if role not in ("pad", "unk")} | template
+        missing = [i for i in range(rows, self.vocab_size) if self.token_bytes[i] is not None or i in needed]
+        if missing:
+            raise UserError(
+                f"Model {model!r} has {rows} embedding rows but tokenizer {self.name!r} has {self.vocab_size} ids, of "
+                f"which {missing[0]} ({self.string_of(missing[0])!r}) can stand in a text: give the model the "
+                "tokenizer it was trained with, or initialize it for this one."
+            )
+        view = copy.copy(self)
+        view.__dict__.pop("id_of_bytes", None)
+        view.vocab_size = rows
+        view.token_bytes, view._joinable = self.token_bytes[:rows], self._joinable[:rows]
+        view.lengths, view.first_bytes = self.lengths[:rows], self.first_bytes[:rows]
+        view._special_mask = self._special_mask[:rows]
+        view._specials = {content: i for content, i in self._specials.items() if i < rows}
+        view._special_tokens = {i: token for i, token in self._special_tokens.items() if i < rows}
+        view.special_ids = frozenset(view._special_tokens)
+        view.roles = {role: i for role, i in self.roles.items() if i < rows}
+        view.role_of = {i: role for i, role in self.role_of.items() if i < rows}
+        view.pad_id = view.roles.get("pad", view.eos_id if view.eos_id is not None else 0)
+        return view
 
     def boundary_mask(self, mode: str = DEFAULT_BOUNDARY) -> np.ndarray:
         """Return bool [vocab]: the token starts with one of the boundary bytes of `mode`, or is special if it says so.

@@ -11,7 +11,7 @@ from stages.alignment.statistics import PairStatistics
 from stages.artifacts.schemas import TOKENS
 from stages.artifacts.tables import read_table
 from stages.core.errors import UserError
-from stages.models.description import check_rows
+from stages.models.description import usable
 from stages.tokenization import ByteView
 from tests.unit import tiny
 from tests.unit import tokenizers_zoo as zoo
@@ -131,7 +131,7 @@ def test_added_tokens_beyond_the_embedding(tmp_path):
     assert view.encode_texts(["a<x><|new|>"])[0].ids.tolist().count(401) == 1
     model = tiny.llama(tmp_path / "model", 400)
     with pytest.raises(UserError, match=r"'m' has 400 embedding rows but tokenizer '.*' has 402 ids"):
-        check_rows(model, "m", view.vocab_size, view.name)
+        usable(view, model, "m")
 
 
 @pytest.mark.parametrize(

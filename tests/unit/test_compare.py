@@ -246,7 +246,7 @@ def test_bits_that_are_not_finite_are_left_empty(tmp_path, capfd, monkeypatch):
         tiny.llama(root.parent / name, 300)
 
         def spoilt(*given, value=value):
-            return token_bits(*given) * np.where(np.arange(len(given[2])) == 9, value, 1)
+            return token_bits(*given) * np.where(np.arange(len(given[1])) == 9, value, 1)
 
         monkeypatch.setattr(scoring, "token_bits", spoilt)
         spec = {"model": {"name": name, "path": str(root.parent / name), "dtype": "auto"}, "seed": 0}
