@@ -222,7 +222,8 @@ class _Rendered:
         for place, mark in self.marks:
             message = self._message_of(mark)
             parts += self._between(self.text[at:place], before, mark)
-            parts.append(Part(message * SLOTS_PER_MESSAGE + TEXT, None, mark - self.firsts[message], True))
+            blank = self.shapes[message].blank
+            parts.append(Part(message * SLOTS_PER_MESSAGE + TEXT, blank or None, mark - self.firsts[message], True))
             at, before = place + 1, mark
         parts += self._between(self.text[at:], before, None)
         seen = set(order)
