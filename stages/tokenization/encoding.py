@@ -22,8 +22,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stages.tokenization.layout import END, SLOTS_PER_MESSAGE, START_SLOT, TEXT, Layout, Part, Template
+from stages.tokenization.layout import END, SLOTS_PER_MESSAGE, START_SLOT, TEXT, Layout, Part
 from stages.tokenization.rendering import Message
+from stages.tokenization.template import Template
 
 SCALE = 4
 

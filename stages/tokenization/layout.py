@@ -10,9 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
-from stages.core.errors import UserError
 from stages.tokenization.rendering import (
     FIRST_MARK,
     REASONED,
@@ -23,14 +22,11 @@ from stages.tokenization.rendering import (
     TemplateRefusal,
     reads_reasoning,
     render,
-    shape_of,
 )
 
 START_SLOT = 0
 SLOTS_PER_MESSAGE = 3
 HEADER, TEXT, END = 1, 2, 3
-PLAIN_ROLES = ("user", "assistant", "user", "assistant")
-ANYTHING = "x"
 
 
 @dataclass(frozen=True)
@@ -68,116 +64,20 @@ class Layout:
         return "".join(part.literal or "" for part in self.parts if part.slot == slot)
 
 
-class Template:
-    """A Jinja chat template with its variables; `specials` are the written forms of special tokens, atoms of its text.
+class Source(NamedTuple):
+    """A Jinja chat template, its variables, and the written forms of special tokens, which are atoms of its text."""
 
-    `name` names the tokenizer in errors.
-    """
-
-    def __init__(self, template: str, variables: Mapping[str, str], specials: Sequence[str], name: str) -> None:
-        self.template, self.variables, self.specials, self.name = template, dict(variables), tuple(specials), name
-        self._layouts: dict[Any, Layout] = {}
-
-    def shape(self, text: str) -> Shape:
-        """Return what the template sees of a content."""
-        return shape_of(self.template, text)
-
-    def layout(
-        self, messages: Sequence[Message], shapes: Sequence[Shape], prompted: bool = False, thinking: bool | None = None
-    ) -> Layout:
-        """Return the layout of messages with these shapes, cached; `prompted`: and with the beginning of an answer.
-
-        `thinking` is the variable enable_thinking, None leaves it undefined. A conversation that the template refuses
-        (a system turn for Gemma 2, two user turns in a row) is put together from the pieces of one that it takes,
-        roles it does not know as user. UserError when it takes no user and assistant turn.
-        """
-        said = tuple((m.role, s.pieces, s.blank, m.extra) for m, s in zip(messages, shapes, strict=True))
-        key = said, prompted, thinking
-        if key not in self._layouts:
-            self._layouts[key] = self._find(messages, shapes, prompted, thinking)
-        return self._layouts[key]
-
-    def plain(self) -> Layout:
-        """Return the layout of two rounds of user and assistant; UserError when the template cannot render them."""
-        if PLAIN_ROLES not in self._layouts:
-            try:
-                self._layouts[PLAIN_ROLES] = self.of_roles(PLAIN_ROLES)
-            except TemplateRefusal as error:
-                raise UserError(
-                    f"The chat template of tokenizer {self.name} cannot render a user and an assistant turn: {error}."
-                ) from None
-        return self._layouts[PLAIN_ROLES]
-
-    def of_roles(self, roles: Sequence[str]) -> Layout:
-        """Return the layout of messages of these roles with any text; TemplateRefusal when one does not appear."""
-        messages = [Message(role, ANYTHING) for role in roles]
-        found = _Rendered(self, messages, [self.shape(ANYTHING)] * len(roles), False, None).layout()
-        if found.dropped:
-            place = f"message {min(found.dropped) + 1} of {len(roles)}"
-            raise TemplateRefusal(f"{place} does not appear exactly once in its place")
-        return found
-
-    def leads(self, messages: Sequence[Message], thinking: bool | None) -> tuple[str, str]:
-        """Return (template text before an answer that the model has to write, beginning of an answer that it is given).
-
-        Where the template opens a block of reasoning for the model, that is the beginning of its answer.
-        """
-        said = [*messages, Message("assistant", ANYTHING)]
-        asked = self.layout(messages, [self.shape(m.text) for m in messages], True, thinking)
-        prompt = asked.text_of(len(messages) * SLOTS_PER_MESSAGE + HEADER)
-        opened, closed = THINK
-        if opened in prompt and closed not in prompt[prompt.rindex(opened) :]:
-            return "", prompt[prompt.rindex(opened) :]
-        answered = self.layout(said, [self.shape(m.text) for m in said])
-        header = answered.text_of(len(messages) * SLOTS_PER_MESSAGE + HEADER)
-        return header.removeprefix(prompt) if header.startswith(prompt) else "", ""
-
-    def _find(
-        self, messages: Sequence[Message], shapes: Sequence[Shape], prompted: bool, thinking: bool | None
-    ) -> Layout:
-        for parsed in (False, True) if any(message.extra for message in messages) else (False,):
-            try:
-                return _Rendered(self, messages, shapes, prompted, thinking, parsed).layout()
-            except TemplateRefusal:
-                continue
-        return self._composed(messages, shapes, prompted)
-
-    def _composed(self, messages: Sequence[Message], shapes: Sequence[Shape], prompted: bool) -> Layout:
-        plain = self.plain()
-        parts = [part for part in plain.parts if part.slot == START_SLOT]
-        for number, (message, shape) in enumerate(zip(messages, shapes, strict=True)):
-            header, end = self._turn(message.role, number == 0)
-            parts.append(Part(number * SLOTS_PER_MESSAGE + HEADER, header))
-            runs = iter(range(len(shape.runs)))
-            parts += [
-                Part(number * SLOTS_PER_MESSAGE + TEXT, piece, -1 if piece is not None else next(runs), True)
-                for piece in shape.pieces
-            ]
-            parts.append(Part(number * SLOTS_PER_MESSAGE + END, end))
-        last = len(messages) * SLOTS_PER_MESSAGE
-        after = self._turn("assistant", not messages)[0] if prompted else plain.text_of(len(PLAIN_ROLES) * 3 + 1)
-        parts.append(Part(last + 1, after))
-        return Layout(tuple(part for part in parts if part.literal != ""))
-
-    def _turn(self, role: str, first: bool) -> tuple[str, str]:
-        """Return (header, end) of a turn as it is among others, or at the beginning."""
-        plain, at = self.plain(), {"user": 0 if first else 2, "assistant": 1 if first else 3}
-        if role not in at:
-            try:
-                found = self.of_roles((role, "user"))
-                return found.text_of(HEADER), found.text_of(END)
-            except TemplateRefusal:
-                pass
-        place = at.get(role, 0 if first else 2) * SLOTS_PER_MESSAGE
-        return plain.text_of(place + HEADER), plain.text_of(place + END)
+    template: str
+    variables: dict[str, str]
+    specials: tuple[str, ...]
 
 
-class _Rendered:
+class Rendered:
     """One rendering of a conversation and those of its beginnings, cut at the private characters."""
 
     def __init__(
         self,
-        template: Template,
+        source: Source,
         messages: Sequence[Message],
         shapes: Sequence[Shape],
         prompted: bool,
@@ -185,14 +85,14 @@ class _Rendered:
         parsed: bool = False,
     ) -> None:
         """`parsed`: give the arguments of tool calls, which many data sets hold as JSON text, as objects."""
-        self.template, self.messages, self.shapes, self.prompted = template, messages, shapes, prompted
-        self.options = template.variables | ({} if thinking is None else {"enable_thinking": thinking})
+        self.source, self.messages, self.shapes, self.prompted = source, messages, shapes, prompted
+        self.options = source.variables | ({} if thinking is None else {"enable_thinking": thinking})
         firsts = [0]
         for shape in shapes:
             firsts.append(firsts[-1] + len(shape.runs))
         self.firsts = firsts
         self.values = [
-            _fields(template.template, message, shape.marked(first), parsed)
+            _fields(source.template, message, shape.marked(first), parsed)
             for message, shape, first in zip(messages, shapes, firsts, strict=False)
         ]
         self.text = self._rendered(self.values, prompted)
@@ -324,7 +224,7 @@ class _Rendered:
         """Return how many characters two texts begin with alike; a special token is an atom."""
         size = len(commonprefix([first, second]))  # noqa: RUF071
         for text in (first, second):
-            for special in self.template.specials:
+            for special in self.source.specials:
                 start = text.find(special, max(0, size - len(special) + 1))
                 while 0 <= start < size:
                     if start + len(special) > size:
@@ -334,7 +234,7 @@ class _Rendered:
         return size
 
     def _start(self, text: str) -> int:
-        variables = self.template.variables
+        variables = self.source.variables
         start = variables.get("bos_token") or variables.get("eos_token") or ""
         return len(start) if text.startswith(start) else 0
 
@@ -352,7 +252,7 @@ class _Rendered:
         return next(n for n, (a, b) in enumerate(zip(self.firsts, self.firsts[1:], strict=False)) if a <= mark < b)
 
     def _rendered(self, values: Sequence[Mapping[str, Any]], prompted: bool) -> str:
-        return render(self.template.template, values, self.options, prompted)
+        return render(self.source.template, values, self.options, prompted)
 
 
 def _is_mark(character: str) -> bool:

@@ -19,9 +19,10 @@ from stages.core.errors import UserError
 from stages.tokenization import encoding, sources
 from stages.tokenization.byte_functions import byte_function, is_fallback
 from stages.tokenization.definition import without_prefix_space
-from stages.tokenization.layout import END, HEADER, PLAIN_ROLES, SLOTS_PER_MESSAGE, Layout, Part, Template
+from stages.tokenization.layout import END, HEADER, SLOTS_PER_MESSAGE, Layout, Part
 from stages.tokenization.rendering import Message
 from stages.tokenization.spec import TokenizerSpec
+from stages.tokenization.template import PLAIN_ROLES, Template
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.generation.prompts import answer_of
 from stages.tokenization import ByteView
-from stages.tokenization.layout import Template
 from stages.tokenization.rendering import Message
 from stages.tokenization.sources import prepare, write
 from stages.tokenization.spec import TokenizerSpec
+from stages.tokenization.template import Template
 from tests.conftest import SHARED
 
 LOOP = "{% for m in messages %}"
@@ -113,7 +113,7 @@ def opened(name, template):
     """Both sides of a real tokenizer with another template."""
     view, theirs = (copy(side) for side in real(name))
     theirs.chat_template = template
-    view.template = Template(template, view.template.variables, view.template.specials, view.name)
+    view.template = Template(template, view.template.source.variables, view.template.source.specials, view.name)
     view._template_pieces = {}
     return view, theirs
 
