@@ -29,14 +29,16 @@ def pytest_addoption(parser):
 SHARING = ("tests/cluster", "tests/workflow")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_itemcollected(item):
     """Group tests for several workers: those of SHARING by folder, the others by file; a table's rows are free."""
-    for item in items:
-        place = item.path.relative_to(REPOSITORY).as_posix()
-        shared = next((folder for folder in SHARING if place.startswith(folder)), None)
-        if shared or not item.get_closest_marker("table"):
-            item.add_marker(pytest.mark.xdist_group(shared or place))
+    place = item.path.relative_to(REPOSITORY).as_posix()
+    shared = next((folder for folder in SHARING if place.startswith(folder)), None)
+    if shared or not item.get_closest_marker("table"):
+        item.add_marker(pytest.mark.xdist_group(shared or place))
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests of SHARING first: they take longest."""
     items.sort(key=lambda item: next((n for n, folder in enumerate(SHARING) if folder in item.nodeid), len(SHARING)))
 
 
