@@ -37,7 +37,6 @@ from .families import tiny as tiny_model
 
 # Families with embeddings of tokens in every layer, which cannot be given another tokenizer.
 FIXED = ("gemma3n_text",)
-pytestmark = pytest.mark.table
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
