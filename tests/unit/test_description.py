@@ -192,9 +192,7 @@ def test_models_whose_output_layer_is_more_than_a_matrix_are_refused(kind):
         described(tiny_model(kind))
 
 
-@pytest.mark.parametrize(
-    "kind,options", [("xmod", {}), ("reformer", {"is_decoder": True}), ("longcat_flash", {"head_dim": 6})]
-)
+@pytest.mark.parametrize("kind,options", [("xmod", {}), ("longcat_flash", {"head_dim": 6})])
 def test_a_model_that_cannot_be_run_is_one_sentence(kind, options):
     with pytest.raises(
         UserError, match=r"^Model 'm' \(\w+\) cannot be run on a few tokens \(\w+: .+\): choose another"
