@@ -13,6 +13,7 @@ from stages.corpora.examples import ROWS_PER_GROUP, ExampleWriter, example_rows
 TRAIN_ON = "assistant"
 LEFT_OUT = {
     "empty_rows": "no text in them (null, empty, or no such column)",
+    "rows_with_media": "a message in them has parts that are no text (an image, a sound)",
     "untrained_documents": "nothing in them is trained on, see train_on",
 }
 
@@ -89,10 +90,11 @@ def _rows(document: Any, document_id: str, max_bytes: int, train_on: str) -> lis
     return example_rows(document_id, cut, document.starts, document.ends)
 
 
-def _with_loss(slots: tuple[tuple[str, str], ...], train_on: str) -> list[tuple[str, str, bool]]:
-    answers = [i for i, (role, _) in enumerate(slots) if role == "assistant"]
-    trained = {"all": range(len(slots)), "assistant": answers, "last_answer": answers[-1:]}[train_on]
-    return [(role, text, i in trained) for i, (role, text) in enumerate(slots)]
+def _with_loss(turns: tuple[tuple[str, ...], ...], train_on: str) -> list[Any]:
+    """Return the turns as `cut_turns` takes them."""
+    answers = [i for i, (role, *_) in enumerate(turns) if role == "assistant"]
+    trained = {"all": range(len(turns)), "assistant": answers, "last_answer": answers[-1:]}[train_on]
+    return [(role, text, i in trained, *fields) for i, (role, text, *fields) in enumerate(turns)]
 
 
 def _subset(job: stage.Job) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -125,11 +127,12 @@ def _share(sizes: dict[str, int], fraction: float, seed: int) -> set[str]:
     return chosen
 
 
-def _content_id(slots: tuple[tuple[str, str], ...]) -> str:
+def _content_id(slots: tuple[tuple[str, ...], ...]) -> str:
     hasher = hashlib.sha256()
-    for role, text in slots:
-        data = text.encode()
-        hasher.update(f"{role} {len(data)}\n".encode() + data)
+    for role, *parts in slots:
+        for part in parts:
+            data = part.encode()
+            hasher.update(f"{role} {len(data)}\n".encode() + data)
     return hasher.hexdigest()[:16]
 
 

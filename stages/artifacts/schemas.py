@@ -2,10 +2,13 @@
 
 import pyarrow as pa
 
-SLOT = pa.struct([("role", pa.string()), ("text", pa.string()), ("loss", pa.bool_())])
+# `fields` is null, or the JSON of what else a message has, as its template reads it: tool_calls, tool_call_id, name;
+# "content": null where it had none. Its "reasoning_content" is the head of `text` too, in the form REASONING.
+SLOT = pa.struct([("role", pa.string()), ("text", pa.string()), ("loss", pa.bool_()), ("fields", pa.string())])
+REASONING = "<think>\n{}\n</think>\n\n"
 
 # One row per example, in corpus order. A plain text is one slot of role "text"; a chat has one slot per message,
-# with the roles system, user, assistant. `loss` says whether the slot's tokens are trained on.
+# with the roles system, user, assistant, tool. `loss` says whether the slot's tokens are trained on.
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),  # "<document_id>:<index within the document>"

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 
-Turn = tuple[str, str, bool]  # role, text, loss
+# role, text, loss, and the JSON of the message's other fields where it has some
+Turn = tuple[str, str, bool] | tuple[str, str, bool, str]
 
 _WHITESPACE = (b" ", b"\t", b"\n", b"\r", b"\f", b"\v")
 
@@ -39,7 +40,7 @@ def cut_turns(turns: list[Turn], max_bytes: int) -> list[list[Turn]]:
     """Cut a chat into examples of at most `max_bytes` bytes of content.
 
     Exchanges (what leads up to an answer, and the answer) stay together where they fit; a longer one is cut between
-    turns; a single turn that is longer becomes plain text (role "text", same loss), cut like any text.
+    turns; a single turn that is longer becomes plain text (role "text", same loss, no other fields), cut like any text.
     """
     examples: list[list[Turn]] = []
     for unit in _merged(_exchanges(turns), max_bytes):
@@ -50,7 +51,7 @@ def cut_turns(turns: list[Turn], max_bytes: int) -> list[list[Turn]]:
             if _size(part) <= max_bytes:
                 examples.append(part)
             else:
-                _, text, loss = part[0]
+                _, text, loss, *_ = part[0]
                 examples += [[("text", piece, loss)] for piece in cut_text(text, max_bytes)]
     return examples
 
@@ -80,4 +81,4 @@ def _merged(units: Iterable[list[Turn]], max_bytes: int) -> Iterator[list[Turn]]
 
 
 def _size(turns: list[Turn]) -> int:
-    return sum(len(text.encode()) for _, text, _ in turns)
+    return sum(len(turn[1].encode()) for turn in turns)

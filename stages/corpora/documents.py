@@ -10,24 +10,22 @@ from typing import Any
 from stages.core.errors import UserError
 from stages.corpora.cutting import cut_text
 from stages.corpora.files import Row, json_rows, parquet_rows, text_of
-
-# ShareGPT names its keys and roles otherwise.
-_ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+from stages.corpora.messages import OtherParts, Turn, turns_of
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document: (role, text) pairs, role "text" for plain text; whether it `starts` and `ends` its source."""
+    """A document: its turns, one of role "text" for plain text; whether it `starts` and `ends` its source."""
 
-    slots: tuple[tuple[str, str], ...]
+    slots: tuple[Turn, ...]
     starts: bool = True
     ends: bool = True
 
 
 def read_documents(spec: dict[str, Any], counts: Counter[str]) -> Iterator[Document]:
-    """Yield the documents that a corpus spec names, in a fixed order; `counts` gets "rows" and "empty_rows".
+    """Yield the documents that a corpus spec names, in a fixed order; `counts` gets what is read and left out.
 
-    A row is empty when it has no text: null, "" or no such column. UserError names the file and the line, byte or
+    A row is empty when it has no text: null, "" or no such column. One with parts that are no text is left out whole. UserError names the file and the line, byte or
     column at fault.
     """
     kind, column, messages = spec["kind"], spec.get("column"), spec.get("messages")
@@ -79,7 +77,11 @@ def _documents(rows: Iterable[Row], columns: dict[str, bool], where: str, counts
         names = names or tuple(row)
         found = found or any(column in row for column in columns)
         counts["rows"] += 1
-        slots = _slots(row, columns, f"{where}, row {number}")
+        try:
+            slots = _slots(row, columns, f"{where}, row {number}")
+        except OtherParts:
+            counts["rows_with_media"] += 1
+            continue
         if slots:
             yield Document(slots)
         else:
@@ -90,37 +92,18 @@ def _documents(rows: Iterable[Row], columns: dict[str, bool], where: str, counts
         )
 
 
-def _slots(row: Row, columns: dict[str, bool], where: str) -> tuple[tuple[str, str], ...]:
-    """Return the (role, text) pairs of the first column with text in it, () when none has any."""
+def _slots(row: Row, columns: dict[str, bool], where: str) -> tuple[Turn, ...]:
+    """Return the turns of the first column with text in it, () when none has any."""
     for column, is_chat in columns.items():
         value = row.get(column)
         # What writers of tables call nothing: null, NaN, no turns.
         if value is None or value != value or value == []:
             continue
-        pairs = _turns(value, where) if is_chat else [("text", value)]
-        slots = tuple((role, _text(text, f"{where}, column {column}")) for role, text in pairs)
-        if any(text for _, text in slots):
+        turns = turns_of(value, where) if is_chat else [("text", value)]
+        slots = tuple((role, *(_text(part, f"{where}, column {column}") for part in parts)) for role, *parts in turns)
+        if any(text for _, text, *_ in slots):
             return slots
     return ()
-
-
-def _turns(messages: Any, where: str) -> list[tuple[str, Any]]:
-    if not isinstance(messages, list):
-        raise UserError(f"{where}: messages are {type(messages).__name__}, expected a list of {{role, content}}.")
-    turns = []
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "from"} & message.keys():
-            raise UserError(f"{where}: a message has no role; expected {{role, content}}.")
-        role = message.get("role") or message.get("from")
-        if not isinstance(role, str):
-            raise UserError(f"{where}: the role of a message is {role!r}, expected a name such as user or assistant.")
-        content = message.get("content", message.get("value"))
-        if isinstance(content, list):
-            parts = [(part.get("text") or "") if isinstance(part, dict) else part for part in content]
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
-        # A plain text is told from a chat by its role, so no turn may have that name.
-        turns.append((_ROLE_NAMES.get(role, role) if role != "text" else "user", "" if content is None else content))
-    return turns
 
 
 def _text(value: Any, where: str) -> str:

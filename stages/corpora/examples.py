@@ -19,8 +19,8 @@ def example_rows(
     rows = []
     cut = list(examples)
     for number, turns in enumerate(cut):
-        if any(loss and text for _, text, loss in turns):
-            slots = [{"role": role, "text": text, "loss": loss} for role, text, loss in turns]
+        if any(loss and (text or fields) for _, text, loss, *fields in turns):
+            slots = [dict(zip(("role", "text", "loss", "fields"), turn, strict=False)) for turn in turns]
             rows.append(
                 {
                     "example_id": f"{document_id}:{number}",
@@ -28,7 +28,7 @@ def example_rows(
                     "slots": slots,
                     "starts_document": starts and number == 0,
                     "ends_document": ends and number == len(cut) - 1,
-                    "bytes": sum(len(text.encode()) for _, text, _ in turns),
+                    "bytes": sum(len(turn[1].encode()) for turn in turns),
                 }
             )
     return rows
