@@ -25,8 +25,8 @@ class Document:
 def read_documents(spec: dict[str, Any], counts: Counter[str]) -> Iterator[Document]:
     """Yield the documents that a corpus spec names, in a fixed order; `counts` gets what is read and left out.
 
-    A row is empty when it has no text: null, "" or no such column. One with parts that are no text is left out whole. UserError names the file and the line, byte or
-    column at fault.
+    A row is empty when it has no text: null, "" or no such column. One with parts that are no text is left out whole.
+    UserError names the file and the line, byte or column at fault.
     """
     kind, column, messages = spec["kind"], spec.get("column"), spec.get("messages")
     columns = {name: name == messages for name in (messages, column) if name} or {"messages": True, "text": False}

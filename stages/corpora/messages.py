@@ -42,9 +42,12 @@ def _turn(message: Any, where: str) -> Turn:
     # Readers of tables give a message every field that another message has.
     fields = {key: value for key, value in message.items() if key not in known and value not in (None, "", [], {})}
     if content is None and fields:
-        fields = {"content": None, **fields}
+        fields["content"] = None
     reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), None)
-    if isinstance(reasoning, str):
+    if reasoning is not None and isinstance(text, str):
+        reasoning = _text(reasoning)
+        if not isinstance(reasoning, str):
+            raise UserError(f"{where}: the reasoning of a message is {type(reasoning).__name__}, expected text.")
         text, fields = REASONING.format(reasoning) + text, {"reasoning_content": reasoning, **fields}
     # A plain text is told from a chat by its role, so no turn may have that name.
     name = _ROLE_NAMES.get(role, role) if role != "text" else "user"

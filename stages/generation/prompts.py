@@ -1,5 +1,6 @@
 """Prompts: what a teacher is given of each example of a corpus, and how its answer becomes an example again."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,10 +9,11 @@ import numpy as np
 from stages.corpora.cutting import Turn, cut_text, cut_turns
 from stages.corpora.examples import example_rows
 from stages.tokenization import ByteView
+from stages.tokenization.chat import CONTENT, SLOTS_PER_MESSAGE
 
 
 class Prompt(NamedTuple):
-    """(role, text) turns that an answer continues: a chat up to an answer, or the start of a plain text.
+    """Turns, as documents have them, that an answer continues: a chat up to an answer, or the start of a plain text.
 
     `source_id`: the example of the prompts' corpus; `slot`: which of its slots the answer stands for; `starts`: whether
     it begins where its document does.
@@ -19,7 +21,7 @@ class Prompt(NamedTuple):
 
     source_id: str
     slot: int
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[tuple[str, ...], ...]
     starts: bool
 
     @property
@@ -44,7 +46,7 @@ def prompts_of(row: Mapping[str, Any], prompt_bytes: int) -> list[Prompt]:
         text = "".join(slot["text"] for slot in slots)
         head = cut_text(text, prompt_bytes)[0]
         return [Prompt(source, 1, (("text", head),), starts)] if len(head) < len(text) else []
-    turns = tuple((slot["role"], slot["text"]) for slot in slots)
+    turns = tuple((slot["role"], slot["text"], *filter(None, [slot.get("fields")])) for slot in slots)
     answers = [i for i, slot in enumerate(slots) if i and slot["role"] == "assistant" and slot["loss"]]
     return [Prompt(source, i, turns[:i], starts) for i in answers]
 
@@ -52,33 +54,55 @@ def prompts_of(row: Mapping[str, Any], prompt_bytes: int) -> list[Prompt]:
 class Encoded(NamedTuple):
     """Prompts as tokens.
 
-    `ids`: int32 arrays; `exact` bool [B]: the tokens are the prompt's bytes; `prefixed`: the tokenizer's dummy space
-    comes before the answer.
+    `ids`: int32 arrays; `exact` bool [B]: the tokens are the prompt's bytes; `prefixed`: a space of the template, or
+    the tokenizer's dummy space, comes before the answer; `opened`: the start of the answer that the prompt has already
+    ("<think>\n").
     """
 
     ids: list[np.ndarray]
     exact: np.ndarray
     prefixed: list[bool]
+    opened: list[str]
 
 
-def encode_prompts(view: ByteView, prompts: Sequence[Prompt]) -> Encoded:
-    """Return the tokens of prompts; those of a chat end with the header that the template puts before an answer."""
-    slots = [
-        [{"role": role, "text": text, "loss": False} for role, text in (*p.turns, *(() if p.plain else ANSWER))]
-        for p in prompts
-    ]
-    batch = view.encode_examples(slots)
-    ids, prefixed = [], []
-    for prompt, start, end in zip(prompts, batch.offsets, batch.offsets[1:], strict=False):
-        # Slots of a message: header 1 + 3m, text 2 + 3m, end of turn 3 + 3m.
-        before = np.full(end - start, True) if prompt.plain else batch.slot[start:end] <= 1 + 3 * len(prompt.turns)
-        ids.append(batch.ids[start:end][before])
-        roles = tuple(role for role, _ in prompt.turns)
-        prefixed.append(not prompt.plain and view.chat_pieces((*roles, "assistant")).turns[-1].prefixed)
-    return Encoded(ids, batch.exact, prefixed)
+_OPENED = re.compile(r"<(\w+)>\s*\Z")
 
 
-ANSWER = (("assistant", ""),)
+def encode_prompts(view: ByteView, prompts: Sequence[Prompt], enable_thinking: bool | None = None) -> Encoded:
+    """Return the tokens of prompts; those of a chat end with what the template adds to make the assistant answer.
+
+    `enable_thinking` is the template's variable of this name, None for the template's own default.
+    """
+    slots = [_slots(prompt.turns) for prompt in prompts]
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    batch = view.encode_prompts(slots, **options)
+    answered = view.encode_examples(
+        [turns if p.plain else [*turns, *ANSWER] for p, turns in zip(prompts, slots, strict=True)]
+    )
+    ids, prefixed, opened = [], [], []
+    for number, prompt in enumerate(prompts):
+        own = slice(batch.offsets[number], batch.offsets[number + 1])
+        ids.append(batch.ids[own])
+        last = SLOTS_PER_MESSAGE * len(prompt.turns)
+        added = "".join(view.string_of(i) for i in batch.ids[own][batch.slot[own] > last])
+        match = None if prompt.plain else _OPENED.search(added)
+        opened.append(match[0] if match else "")
+        own = slice(answered.offsets[number], answered.offsets[number + 1])
+        text = view.join(answered.ids[own][answered.slot[own] == last + CONTENT])
+        prefixed.append(not prompt.plain and text.startswith(b" "))
+    return Encoded(ids, batch.exact, prefixed, opened)
+
+
+ANSWER = ({"role": "assistant", "text": "x", "loss": False},)
+
+
+def _slots(turns: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
+    return [dict(zip(("role", "text", "fields"), turn, strict=False), loss=False) for turn in turns]
+
+
+def stopping_ids(view: ByteView, endings: frozenset[int]) -> frozenset[int]:
+    """Return the tokens with which an answer stops: `endings`, and special tokens that its text cannot hold."""
+    return endings | (view.special_ids - view.chats.readable)
 
 
 def answer_of(view: ByteView, ids: Sequence[int], endings: frozenset[int], prefixed: bool) -> tuple[str, str]:
@@ -87,9 +111,11 @@ def answer_of(view: ByteView, ids: Sequence[int], endings: frozenset[int], prefi
     stop: it ended with a token of `endings`. length: it did not end; a character that is cut off is left out. invalid:
     another special token, or bytes that are no UTF-8, which no text can hold; the text is what comes before.
     """
-    end = next((place for place, i in enumerate(ids) if i in view.special_ids or i in endings), len(ids))
+    stopping = stopping_ids(view, endings)
+    end = next((place for place, i in enumerate(ids) if i in stopping), len(ids))
     reason = "length" if end == len(ids) else "stop" if ids[end] in endings else "invalid"
-    content = view.join(ids[:end])
+    special = view.chats.readable.intersection(ids[:end])
+    content = b"".join(view.string_of(i).encode() if i in special else view.join([i]) for i in ids[:end])
     if prefixed and content.startswith(b" "):
         content = content[1:]
     try:
@@ -107,7 +133,7 @@ def answered_rows(prompt: Prompt, answer: str, ended: bool, max_bytes: int) -> l
     if prompt.plain:
         examples = _cut_continuation(prompt.turns[0][1], answer, max_bytes)
     else:
-        turns: list[Turn] = [(role, text, False) for role, text in prompt.turns]
+        turns: list[Turn] = [(role, text, False, *fields) for role, text, *fields in prompt.turns]
         examples = cut_turns([*turns, ("assistant", answer, True)], max_bytes)
     return example_rows(prompt.document_id, examples, prompt.starts, ended)
 

@@ -105,7 +105,8 @@ class _Planner:
         if not sampling["do_sample"]:
             sampling = {key: sampling[key] for key in ("do_sample", "max_new_tokens")}
         spec = {"model": model, "sampling": sampling, "dtype": self.config["signals"]["dtype"]}
-        spec |= {key: entry[key] for key in ("prompt_bytes", "drop_truncated", "batch_tokens", "max_bytes")}
+        settings = ("prompt_bytes", "enable_thinking", "drop_truncated", "batch_tokens", "max_bytes")
+        spec |= {key: entry[key] for key in settings}
         if sampling["do_sample"]:
             spec["seed"] = entry["seed"]
         tokenizer = self.tokenizer(self.config["models"][entry["teacher"]]["tokenizer"])

@@ -1,167 +1,254 @@
-"""Chat templates as slots: the literal text before and after each message's content, for any Jinja template.
+"""Chats as sections: what a template renders of a conversation, cut where special tokens stand and where slots begin.
 
-A template is rendered with placeholder contents, as transformers renders it (`apply_chat_template`, sandboxed), and
-cut at the placeholders. Contents never pass through the template, so nothing in user text can become template.
+Contents never pass through the template as they are: it renders their shapes (`stages.tokenization.shapes`), once for
+all conversations of the same shapes. So nothing in a text can become a special token, unless it is a text that the
+template itself looks for in contents, like `</think>`.
 """
 
-import datetime
 import json
-from functools import cache
-from os.path import commonprefix
-from typing import Any
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+from stages.artifacts.schemas import REASONING
 from stages.core.errors import UserError
-from stages.tokenization.kinds import Kind
+from stages.tokenization.byte_tokens import ByteTokenizer, Special
+from stages.tokenization.rendering import ESCAPED, PLACEHOLDERS, ChatTemplate, TemplateRefusal
+from stages.tokenization.shapes import MOST_RUNS, sought_by
+from stages.tokenization.turns import CALLS, RUN, Rendering, Turn, TurnFinder, run_of
 
-# Llama 3.1 prints a date: a fixed one, its own default, keeps artifacts the same on every day.
-RENDER_DATE = datetime.datetime(2024, 7, 26)
-PLAIN_ROLES = ("user", "assistant", "user", "assistant")
+MOST_LAYOUTS = 4096  # kept at once
+SLOTS_PER_MESSAGE = 3
+CONTENT = 2  # place of the content among a message's slots: start 0 | header 1 | content 2 | end of turn 3 | ...
 
-
-def template_of_kind(kind: Kind) -> str:
-    """Return the Jinja chat template that a model kind's pieces make."""
-    headers = kind.headers()
-    branches = " ".join(
-        f"{{%- {'if' if i == 0 else 'elif'} message['role'] == {_quote(role)} -%}}{{{{ {_quote(header)} }}}}"
-        for i, (role, header) in enumerate(headers.items())
-    )
-    raising = "{%- else -%}{{ raise_exception('unknown role ' + message['role']) }}{%- endif -%}"
-    turn = f"{branches}{raising}{{{{ message['content'] }}}}{{{{ {_quote(kind.end_of_turn)} }}}}"
-    ending = f"{{%- if add_generation_prompt -%}}{{{{ {_quote(headers['assistant'])} }}}}{{%- endif -%}}"
-    return f"{{{{ {_quote(kind.bos or '')} }}}}{{%- for message in messages -%}}{turn}{{%- endfor -%}}{ending}"
+Slots = Sequence[Mapping[str, Any]]
 
 
-def plain_template(start: str, end: str) -> str:
-    """Return the template of a tokenizer that has none: a start token, then each content closed by `end`."""
-    turn = f"{{{{ message['content'] }}}}{{{{ {_quote(end)} }}}}"
-    return f"{{{{ {_quote(start)} }}}}{{%- for message in messages -%}}{turn}{{%- endfor -%}}"
+class Piece(NamedTuple):
+    """A part of a section within one slot: `text` of the template, or the content `run` (-1: none).
 
-
-def literals(
-    template: str, roles: tuple[str, ...], variables: dict[str, str], name: str
-) -> tuple[str, list[tuple[str, str]]]:
-    """Return (start, [(header, end of turn), ...]): the template's text around the content of each message.
-
-    `variables` holds bos_token and the like; `name` names the tokenizer in errors. The start is the start token if the
-    rendering begins with it. A conversation that the template refuses (a system turn for Gemma 2, two user turns in a
-    row) is put together from the pieces of one that it takes, roles it does not know as user.
+    Of a content slot, a run is its own `anchor`; another piece begins `shift` bytes after the end of run `anchor` (-1:
+    after the start of the content), and before run `bound` (-1: before the end of the content).
     """
-    try:
-        return _learn(template, roles, variables)
-    except (TemplateRefusal, ValueError):
-        pass
-    try:
-        start, pieces = _learn(template, PLAIN_ROLES, variables)
-    except (TemplateRefusal, ValueError) as error:
-        raise UserError(
-            f"The chat template of tokenizer {name} cannot render a user and an assistant turn: {error}."
-        ) from None
-    user, assistant = pieces[2], pieces[3]
-    composed = [
-        _accepted_turn(template, role, variables) or (assistant if role == "assistant" else user) for role in roles
-    ]
-    if composed and roles[0] != "system":
-        composed[0] = assistant if roles[0] == "assistant" else pieces[0]
-    return start, composed
+
+    text: str
+    run: int
+    escaped: bool
+    slot: int
+    anchor: int = -1
+    shift: int = 0
+    bound: int = -1
 
 
-class TemplateRefusal(Exception):
-    """The template called `raise_exception` or is not valid Jinja."""
+class Section(NamedTuple):
+    """A special token (`identity` >= 0, one piece), or all text between two; `opens`: nothing comes before it."""
+
+    identity: int
+    pieces: tuple[Piece, ...]
+    opens: bool
 
 
-def generation_prompt(template: str, roles: tuple[str, ...], variables: dict[str, str]) -> str:
-    """Return what the template adds to make the assistant answer after messages of `roles`, "" when nothing."""
-    messages = [{"role": role, "content": _placeholder(i)} for i, role in enumerate(roles)]
-    without = _render(template, messages, variables)
-    prompted = _render(template, messages, variables, add_generation_prompt=True)
-    return prompted[len(without) :] if prompted.startswith(without) else ""
+@dataclass(frozen=True)
+class Layout:
+    """A rendering as sections. `whole`: of each message, whether all of it is there; `faithful`: it is the template's."""
+
+    sections: tuple[Section, ...]
+    whole: tuple[bool, ...]
+    faithful: bool
 
 
-def _accepted_turn(template: str, role: str, variables: dict[str, str]) -> tuple[str, str] | None:
-    """Return the pieces of a role that the template takes as a first turn (system), if it is not user or assistant."""
-    if role in ("user", "assistant"):
-        return None
-    try:
-        return _learn(template, (role, "user"), variables)[1][0]
-    except (TemplateRefusal, ValueError):
-        return None
+class Chats:
+    """A tokenizer's chat template, applied to conversations given as slots of the EXAMPLES schema."""
 
-
-def _learn(template: str, roles: tuple[str, ...], variables: dict[str, str]) -> tuple[str, list[tuple[str, str]]]:
-    messages = [{"role": role, "content": _placeholder(i)} for i, role in enumerate(roles)]
-    between = _cut(_render(template, messages, variables), len(roles))
-    start_token = variables.get("bos_token") or variables.get("eos_token") or ""
-    start = start_token if start_token and between[0].startswith(start_token) else ""
-    headers, ends = [between[0][len(start) :]], []
-    for i in range(1, len(roles)):
+    def __init__(self, template: ChatTemplate, tokenizer: ByteTokenizer) -> None:
+        self._find, specials = tokenizer.find_specials, tokenizer.special_texts
+        self._sought = sought_by(template.source, template.variables)
+        longest_first = sorted(specials, key=len, reverse=True)
+        written = re.compile("|".join(map(re.escape, longest_first))) if specials else None
+        self._foreign = re.compile("|".join([*map(re.escape, longest_first), RUN.pattern]))
         try:
-            closed = _cut(_render(template, messages[:i], variables), i)[-1]
+            self._turns = TurnFinder(template, written, tokenizer.name)
+        except UserError as refused:
+            try:
+                template = replace(template, parts=True)
+                self._turns = TurnFinder(template, written, tokenizer.name)
+            except UserError:
+                raise refused from None
+        self._template = template
+        self._layouts: dict[Any, Layout] = {}
+        # Special tokens that the template reads in contents.
+        self.readable = frozenset(identity for text, identity in specials.items() if text in self._sought.texts)
+
+    def layout(self, slots: Slots, **options: Any) -> tuple[Layout, list[tuple[int, int, int]]]:
+        """Return how a conversation is rendered, and (message, start, end) of each run of its texts, in characters."""
+        turns, spans, foreign, key = [], [], [], []
+        for number, slot in enumerate(slots):
+            turn, own = self._read(slot, len(spans), foreign)
+            turns.append(turn)
+            spans += [(number, *span) for span in own]
+            fields = slot.get("fields") and json.dumps(turn.message)
+            key.append((slot["role"], turn.text, fields))
+        place = (tuple(key), tuple(foreign), tuple(options.items()))
+        if place not in self._layouts:
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[place] = self._made(slots, turns, spans, foreign, options)
+        return self._layouts[place], spans
+
+    def _read(self, slot: Mapping[str, Any], first: int, foreign: list[str]) -> tuple[Turn, list[tuple[int, int]]]:
+        """Return a message of shapes with placeholders from `first` on, and the spans of the text that they stand for.
+
+        Texts in other fields that look like special tokens are added to `foreign`; the last placeholders are theirs.
+        """
+        message = message_of(slot)
+        reasoning, content = message.get("reasoning_content"), message["content"]
+        head, spans = "", []
+        if reasoning is not None:
+            shape = self._sought.shape(reasoning, first)
+            message["reasoning_content"] = shape.text
+            shift = REASONING.index("{}")
+            spans = [(start + shift, end + shift) for start, end in shape.spans]
+            head = REASONING.format(shape.text)
+        if content is not None:
+            shape = self._sought.shape(content, first + len(spans))
+            message["content"] = shape.text
+            shift = len(slot["text"]) - len(content)
+            spans += [(start + shift, end + shift) for start, end in shape.spans]
+        for key in message.keys() - {"role", "content", "reasoning_content"}:
+            message[key] = self._defused(message[key], foreign)
+        return Turn(message, head + (message["content"] or ""), first, first + len(spans)), spans
+
+    def _defused(self, value: Any, foreign: list[str]) -> Any:
+        if isinstance(value, str):
+            return self._foreign.sub(lambda match: _kept(match[0], foreign), value)
+        if isinstance(value, list):
+            return [self._defused(item, foreign) for item in value]
+        if isinstance(value, dict):
+            return {key: self._defused(item, foreign) for key, item in value.items()}
+        return value
+
+    def _made(
+        self,
+        slots: Slots,
+        turns: list[Turn],
+        spans: list[tuple[int, int, int]],
+        foreign: list[str],
+        options: dict[str, Any],
+    ) -> Layout:
+        rendering = self._turns.find(turns, **options)
+        texts = [slots[message]["text"][start:end] for message, start, end in spans]
+        filled = RUN.sub(lambda match: _text_of(match[0], texts, foreign), rendering.text)
+        try:
+            faithful = filled == self._template.render([message_of(slot) for slot in slots], **options)
         except TemplateRefusal:
-            closed = ends[-1] if ends else ""
-        end = commonprefix([between[i], closed])  # noqa: RUF071
-        ends.append(end)
-        headers.append(between[i][len(end) :])
-    ends.append(between[-1])
-    return start, list(zip(headers, ends, strict=True))
+            faithful = True  # put together of what the template takes
+        there = {run_of(rendering.text[place]) for place in rendering.runs}
+        whole = [
+            there.issuperset(range(turn.first, turn.stop))
+            and (not any(map(turn.message.get, CALLS)) or self._turns.renders_calls(turns, i, rendering.text))
+            for i, turn in enumerate(turns)
+        ]
+        return Layout(tuple(self._sections(rendering, foreign)), tuple(whole), faithful)
+
+    def _sections(self, rendering: Rendering, foreign: list[str]) -> list[Section]:
+        text = rendering.text
+        pieces = _Pieces(rendering, foreign)
+        sections, at = [], 0
+        for special in [*self._find(text), Special(len(text), len(text), -1)]:
+            if found := tuple(pieces.between(at, special.start)):
+                sections.append(Section(-1, found, at == 0))
+            if special.identity >= 0:
+                sections.append(Section(special.identity, (pieces.special(special),), False))
+            at = special.end
+        return sections
 
 
-def _cut(rendered: str, messages: int) -> list[str]:
-    """Cut a rendering at its placeholders: messages + 1 literals. ValueError when a content is missing or repeated."""
-    pieces, rest = [], rendered
-    for i in range(messages):
-        piece, found, rest = rest.partition(_placeholder(i))
-        if not found or _placeholder(i) in rest:
-            raise ValueError(f"message {i + 1} of {messages} does not appear exactly once in its place")
-        pieces.append(piece)
-    return [*pieces, rest]
+def message_of(slot: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the message of a slot, as its data set has it."""
+    fields = json.loads(slot["fields"]) if slot.get("fields") else {}
+    text, reasoning = slot["text"], fields.get("reasoning_content")
+    head = REASONING.format(reasoning) if isinstance(reasoning, str) else ""
+    return {"role": slot["role"], "content": text.removeprefix(head), **fields}
 
 
-def _placeholder(index: int) -> str:
-    return f"c0ffee{index:05d}decade"
+class _Pieces:
+    """Cuts a rendering into pieces, from left to right; see Piece."""
+
+    def __init__(self, rendering: Rendering, foreign: list[str]) -> None:
+        self._text, self._foreign = rendering.text, foreign
+        self._runs = deque(rendering.runs)  # places of those to come
+        bounds = [(0, 0)] if rendering.opening else []
+        for number, cut in enumerate(rendering.cuts):
+            first = SLOTS_PER_MESSAGE * number + 1
+            bounds += [(cut.start, first), (cut.content, first + 1), (cut.content_end, first + 2)]
+        last = SLOTS_PER_MESSAGE * len(rendering.cuts) + 1
+        self._bounds = [*bounds, (rendering.cuts[-1].end, last), (len(self._text), last)]
+        self._slot = -1
+        self._anchor, self._shift = -1, 0
+
+    def between(self, start: int, end: int) -> list[Piece]:
+        """Return the pieces of the text from `start` to `end`; calls go from left to right."""
+        pieces = []
+        for (left, slot), (right, _) in zip(self._bounds, self._bounds[1:], strict=False):
+            at, stop = max(left, start), min(right, end)
+            while at < stop:
+                match = RUN.search(self._text, at, stop)
+                upto = match.start() if match else stop
+                if upto > at:
+                    pieces.append(self._literal(self._text[at:upto], slot))
+                if match:
+                    pieces.append(self._placeholder(match, slot))
+                at = upto + bool(match)
+        return pieces
+
+    def special(self, special: Special) -> Piece:
+        """Return the piece of a special token: it belongs to the slot of its last character that is no white space."""
+        end = special.start + len(self._text[special.start : special.end].rstrip())
+        slot = next(slot for left, slot in reversed(self._bounds) if left < max(end, special.start + 1))
+        return self._literal(self._text[special.start : special.end], slot)
+
+    def _literal(self, text: str, slot: int) -> Piece:
+        piece = Piece(text, -1, False, slot, *self._place(slot))
+        self._shift += len(text.encode())
+        return piece
+
+    def _placeholder(self, match: re.Match[str], slot: int) -> Piece:
+        run, escaped = run_of(match[0]), ord(match[0]) >= PLACEHOLDERS + ESCAPED
+        if run >= MOST_RUNS:
+            return self._literal(_text_of(match[0], [], self._foreign), slot)
+        if not self._runs or match.start() != self._runs[0]:
+            return Piece("", run, escaped, slot, *self._place(slot))
+        self._runs.popleft()
+        self._slot, self._anchor, self._shift = slot, run, 0
+        return Piece("", run, escaped, slot, run)
+
+    def _place(self, slot: int) -> tuple[int, int, int]:
+        """Return anchor, shift and bound of a piece that stands here and is no run of its slot."""
+        if slot % SLOTS_PER_MESSAGE != CONTENT:
+            return -1, 0, -1
+        if slot != self._slot:
+            self._slot, self._anchor, self._shift = slot, -1, 0
+        return self._anchor, self._shift, self._bound(slot)
+
+    def _bound(self, slot: int) -> int:
+        """Return the next run in the same slot, -1 for none."""
+        end = next(left for left, other in self._bounds if other > slot)
+        return run_of(self._text[self._runs[0]]) if self._runs and self._runs[0] < end else -1
 
 
-def _render(
-    template: str, messages: list[dict[str, str]], variables: dict[str, str], add_generation_prompt: bool = False
-) -> str:
-    import jinja2
-
-    try:
-        return _compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **variables
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise TemplateRefusal(str(error) or type(error).__name__) from None
+def _kept(text: str, foreign: list[str]) -> str:
+    foreign.append(text)
+    return chr(PLACEHOLDERS + MOST_RUNS + len(foreign) - 1)
 
 
-@cache
-def _compiled(template: str) -> Any:
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}`, with which templates mark answers for transformers' assistant mask: its body alone."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = RENDER_DATE.strftime
-    return environment.from_string(template)
+def _text_of(placeholder: str, texts: Sequence[str], foreign: Sequence[str]) -> str:
+    run = run_of(placeholder)
+    text = texts[run] if run < MOST_RUNS else foreign[run - MOST_RUNS]
+    return json_text(text) if ord(placeholder) >= PLACEHOLDERS + ESCAPED else text
 
 
-def _quote(text: str) -> str:
-    return json.dumps(text)
+def json_text(text: str) -> str:
+    """Return a text as it stands within a string of JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]

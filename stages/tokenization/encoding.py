@@ -7,23 +7,25 @@ has n units, each template slot has one. Slots of an example with M messages (a 
 
 A token's `ends` is SCALE times the unit at which it ends, counted from the example's start. Only multiples of SCALE
 can match between tokenizers: tokens inside a template slot and tokens of no width get values in between.
-"""
 
-from __future__ import annotations
+All text between two special tokens is tokenized as one, as the tokenizer does with what a template renders, and the
+tokens are given to slots afterwards: a token belongs to the slot in which it ends, but to the last text that it has a
+byte of if it has one. A text's last token ends where the text does: white space there that a template strips has no
+tokens, as have its other parts that a template leaves out.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from stages.tokenization.view import ByteView
+from stages.tokenization.byte_tokens import ByteTokenizer
+from stages.tokenization.chat import CONTENT, SLOTS_PER_MESSAGE, Chats, Layout, Section, json_text
 
 SCALE = 4
 START_SLOT = 0
-SLOTS_PER_MESSAGE = 3
 
 
 class Tokens(NamedTuple):
@@ -54,185 +56,278 @@ class EncodedBatch:
     first: np.ndarray
 
 
-class _Pieces:
-    """Runs of tokens in order, one per slot that has tokens; lists are parallel. A text waits for the tokenizer."""
+class _Slot(NamedTuple):
+    """A slot of an example: its first unit, the bytes of its text (None for a template slot), whether it is trained."""
+
+    example: int
+    number: int
+    base: int
+    size: int | None
+    loss: bool
+
+
+class _Runs:
+    """Runs of tokens in order, a special token or a text each, and the segments of their slots; lists are parallel."""
 
     def __init__(self) -> None:
         self.example: list[int] = []
-        self.slot: list[int] = []
-        self.base: list[int] = []  # first unit of the slot
-        self.loss: list[bool] = []
         self.ids: list[Sequence[int]] = []
-        self.text_at: list[int] = []  # positions in the lists above that are texts
+        self.sizes: list[int] = []  # UTF-8 bytes of each, 0 for a special token
+        self.segments: list[int] = []  # how many each has
+        self.text_at: list[int] = []  # which of them are texts, still without ids
         self.texts: list[str] = []
-        self.sizes: list[int] = []  # UTF-8 bytes of each text
         self.prefixed: list[bool] = []  # whether the tokenizer's dummy space belongs to the text
+        self.slots: list[_Slot] = []
+        # Of each segment: its slot's place in `slots`, its bytes in the run, first byte in the slot's text and bound.
+        self.slot: list[int] = []
+        self.length: list[int] = []
+        self.at: list[int] = []
+        self.bound: list[int] = []
 
-    def add(self, example: int, slot: int, base: int, loss: bool, ids: Sequence[int]) -> None:
-        if len(ids):
-            self.example.append(example)
-            self.slot.append(slot)
-            self.base.append(base)
-            self.loss.append(loss)
-            self.ids.append(ids)
+    def add_slot(self, example: int, number: int, base: int, size: int | None, loss: bool) -> int:
+        self.slots.append(_Slot(example, number, base, size, loss))
+        return len(self.slots) - 1
 
-    def add_text(self, example: int, slot: int, base: int, loss: bool, text: str, size: int, prefixed: bool) -> None:
+    def add_segment(self, slot: int, length: int, at: int, bound: int) -> None:
+        self.slot.append(slot)
+        self.length.append(length)
+        self.at.append(at)
+        self.bound.append(bound)
+
+    def close(self, example: int, ids: Sequence[int], size: int, segments: int) -> None:
+        """End a run whose segments were added."""
+        self.example.append(example)
+        self.ids.append(ids)
+        self.sizes.append(size)
+        self.segments.append(segments)
+
+    def add_special(self, slot: int, identity: int, at: int = 0) -> None:
+        self.add_segment(slot, 0, at, at)
+        self.close(self.slots[slot].example, (identity,), 0, 1)
+
+    def add_text(self, slot: int, text: str, prefixed: bool) -> None:
+        """Add the whole text of a slot."""
         if text:
-            self.text_at.append(len(self.ids))
-            self.texts.append(text)
-            self.sizes.append(size)
-            self.prefixed.append(prefixed)
-            self.add(example, slot, base, loss, (0,))
+            size = self.slots[slot].size or 0
+            self.add_segment(slot, size, 0, size)
+            self.close_text(self.slots[slot].example, text, size, 1, prefixed)
 
-    def drop_empty(self) -> list[int]:
-        """Remove texts that became no token at all (a vocabulary without these characters); return their examples."""
-        empty = {k for k, at in enumerate(self.text_at) if not len(self.ids[at])}
-        if not empty:
-            return []
-        gone = {self.text_at[k] for k in empty}
-        lost = [self.example[at] for at in gone]
-        place = np.cumsum([i not in gone for i in range(len(self.ids))]) - 1
-        for name in ("example", "slot", "base", "loss", "ids"):
-            setattr(self, name, [value for i, value in enumerate(getattr(self, name)) if i not in gone])
-        for name in ("texts", "sizes", "prefixed", "text_at"):
-            setattr(self, name, [value for k, value in enumerate(getattr(self, name)) if k not in empty])
-        self.text_at = [int(place[at]) for at in self.text_at]
-        return lost
+    def close_text(self, example: int, text: str, size: int, segments: int, prefixed: bool) -> None:
+        self.text_at.append(len(self.ids))
+        self.texts.append(text)
+        self.prefixed.append(prefixed)
+        self.close(example, (), size, segments)
 
 
-def encode_texts(view: ByteView, texts: Sequence[str]) -> list[Tokens]:
-    """Encode raw texts, no special tokens added, special-looking text as plain text. See `ByteView.encode_texts`."""
-    batch = encode_examples(view, [[{"role": "text", "text": text, "loss": True}] for text in texts], None, bare=True)
-    ends = batch.ends + SCALE - 1
-    ends = np.where(batch.ends % SCALE == 1, batch.ends - 1, ends) // SCALE
-    bounds = list(zip(batch.offsets[:-1], batch.offsets[1:], strict=True))
-    # Unit 0 is the start slot, unit 1 the header.
-    return [
-        Tokens(batch.ids[a:b], (ends[a:b] - 2).astype(np.int32), bool(exact))
-        for (a, b), exact in zip(bounds, batch.exact, strict=True)
-    ]
+def encode_texts(tokenizer: ByteTokenizer, texts: Sequence[str]) -> list[Tokens]:
+    """Encode raw texts, no special tokens added, special-looking text as plain text."""
+    runs = _Runs()
+    for example, text in enumerate(texts):
+        runs.add_text(runs.add_slot(example, CONTENT, 0, _size(text), True), text, True)
+    batch = _assemble(tokenizer, runs, np.zeros(len(texts), np.int64))
+    ends = np.where(batch.ends % SCALE == 1, batch.ends - 1, batch.ends + SCALE - 1) // SCALE
+    bounds = zip(batch.offsets[:-1], batch.offsets[1:], batch.exact, strict=True)
+    return [Tokens(batch.ids[a:b], ends[a:b].astype(np.int32), bool(exact)) for a, b, exact in bounds]
 
 
 def encode_examples(
-    view: ByteView,
+    tokenizer: ByteTokenizer,
+    chats: Chats,
     slots_per_example: Sequence[Sequence[Mapping[str, Any]]],
     ends_document: Sequence[bool] | None,
-    bare: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> EncodedBatch:
-    """Encode examples given as slots {"role", "text", "loss"}; see `ByteView.encode_examples`."""
-    pieces = _Pieces()
+    """Encode examples given as slots; `options` are variables of the chat template. See `ByteView.encode_examples`."""
+    runs = _Runs()
     widths = np.empty(len(slots_per_example), np.int64)
+    faithful = np.ones(len(slots_per_example), bool)
     for example, slots in enumerate(slots_per_example):
-        ends = ends_document is not None and bool(ends_document[example])
-        widths[example] = SCALE * _lay_out(view, pieces, example, slots, ends, bare)
-    for position, ids in zip(pieces.text_at, view.text_ids(pieces.texts, pieces.prefixed), strict=True):
-        pieces.ids[position] = ids
-    lost = pieces.drop_empty()
-    batch = _assemble(view, pieces, widths)
-    batch.exact[lost] = False
+        if all(slot["role"] == "text" for slot in slots):
+            ends = ends_document is not None and bool(ends_document[example])
+            widths[example] = _lay_out_text(tokenizer, runs, example, slots, ends)
+        else:
+            layout, spans = chats.layout(slots, **(options or {}))
+            widths[example] = _lay_out_chat(tokenizer, runs, example, slots, layout, spans)
+            faithful[example] = layout.faithful
+    batch = _assemble(tokenizer, runs, SCALE * widths)
+    batch.exact[:] &= faithful
     return batch
 
 
-def _lay_out(
-    view: ByteView, pieces: _Pieces, example: int, slots: Sequence[Mapping[str, Any]], ends: bool, bare: bool
+def _lay_out_text(
+    tokenizer: ByteTokenizer, runs: _Runs, example: int, slots: Sequence[Mapping[str, Any]], ends: bool
 ) -> int:
-    """Append an example's pieces; return its width in units."""
-    plain = all(slot["role"] == "text" for slot in slots)
-    template = view.plain_pieces(len(slots), bare) if plain else view.chat_pieces(tuple(slot["role"] for slot in slots))
-    pieces.add(example, START_SLOT, 0, False, template.start)
-    unit, number, loss = 1, 1, False
-    for slot, turn in zip(slots, template.turns, strict=True):
-        text, loss = slot["text"], bool(slot["loss"])
-        size = len(text) if text.isascii() else len(text.encode())
-        pieces.add(example, number, unit, False, turn.header)
-        pieces.add_text(example, number + 1, unit + 1, loss, text, size, turn.prefixed)
-        pieces.add(example, number + 2, unit + 1 + size, loss, turn.end)
+    """Append an example's runs; return its width in units. Only its first text is at the start of a text."""
+    if tokenizer.start_id is not None:
+        runs.add_special(runs.add_slot(example, START_SLOT, 0, None, False), tokenizer.start_id)
+    unit, loss = 1, False
+    for number, slot in enumerate(slots):
+        text, loss, size = slot["text"], bool(slot["loss"]), _size(slot["text"])
+        place = runs.add_slot(example, SLOTS_PER_MESSAGE * number + CONTENT, unit + 1, size, loss)
+        runs.add_text(place, text, number == 0)
         unit += size + 2
-        number += SLOTS_PER_MESSAGE
-    if plain and ends and not bare and view.eos_id is not None:
-        pieces.add(example, number, unit, loss, (view.eos_id,))
+    if ends and tokenizer.eos_id is not None:
+        place = runs.add_slot(example, SLOTS_PER_MESSAGE * len(slots) + 1, unit, None, loss)
+        runs.add_special(place, tokenizer.eos_id)
     return unit + 1
 
 
-def _assemble(view: ByteView, pieces: _Pieces, widths: np.ndarray) -> EncodedBatch:
-    runs = len(pieces.ids)
-    counts = np.fromiter(map(len, pieces.ids), np.int64, runs)
-    starts = np.cumsum(counts) - counts
+def _lay_out_chat(
+    tokenizer: ByteTokenizer,
+    runs: _Runs,
+    example: int,
+    slots: Sequence[Mapping[str, Any]],
+    layout: Layout,
+    spans: Sequence[tuple[int, int, int]],
+) -> int:
+    """Append an example's runs; return its width in units."""
+    places, unit = [runs.add_slot(example, START_SLOT, 0, None, False)], 1
+    for number, slot in enumerate(slots):
+        size, loss = _size(slot["text"]), bool(slot["loss"]) and layout.whole[number]
+        first = SLOTS_PER_MESSAGE * number
+        places.append(runs.add_slot(example, first + 1, unit, None, False))
+        places.append(runs.add_slot(example, first + 2, unit + 1, size, loss))
+        places.append(runs.add_slot(example, first + 3, unit + 1 + size, None, loss))
+        unit += size + 2
+    places.append(runs.add_slot(example, SLOTS_PER_MESSAGE * len(slots) + 1, unit, None, False))
+    texts = [slots[message]["text"][start:end] for message, start, end in spans]
+    begins = [_size(slots[message]["text"][:start]) for message, start, _ in spans]
+    stops = [begin + _size(text) for begin, text in zip(begins, texts, strict=True)]
+    for section in layout.sections:
+        _add_section(tokenizer, runs, section, places, (texts, begins, stops))
+    return unit + 1
+
+
+def _add_section(
+    tokenizer: ByteTokenizer,
+    runs: _Runs,
+    section: Section,
+    places: Sequence[int],
+    contents: tuple[list[str], list[int], list[int]],
+) -> None:
+    texts, begins, stops = contents
+    parts, total = [], 0
+    for piece in section.pieces:
+        slot = runs.slots[places[piece.slot]]
+        text = piece.text if piece.run < 0 else texts[piece.run]
+        text = json_text(text) if piece.escaped else text
+        length = _size(text)
+        if piece.anchor == piece.run >= 0:
+            at, bound = begins[piece.run], stops[piece.run]
+        elif slot.size is None:
+            at = bound = 0
+        else:
+            bound = begins[piece.bound] if piece.bound >= 0 else slot.size
+            at = min((stops[piece.anchor] if piece.anchor >= 0 else 0) + piece.shift, bound)
+        if section.identity >= 0:
+            runs.add_special(places[piece.slot], section.identity, min(at + length, bound))
+            return
+        runs.add_segment(places[piece.slot], length, at, bound)
+        parts.append(text)
+        total += length
+    prefixed = section.opens or tokenizer.prefix_space == "always"
+    runs.close_text(slot.example, "".join(parts), total, len(parts), prefixed)
+
+
+def _assemble(tokenizer: ByteTokenizer, runs: _Runs, widths: np.ndarray) -> EncodedBatch:
+    for position, ids in zip(runs.text_at, tokenizer.text_ids(runs.texts, runs.prefixed), strict=True):
+        runs.ids[position] = ids
+    counts = np.fromiter(map(len, runs.ids), np.int64, len(runs.ids))
     total = int(counts.sum())
-    ids = np.fromiter(chain.from_iterable(pieces.ids), np.int32, total)
-    is_text = np.zeros(runs, bool)
-    is_text[pieces.text_at] = True
-    byte_ends, exact_run = _byte_ends(view, pieces, ids, starts, counts, is_text)
+    ids = np.fromiter(chain.from_iterable(runs.ids), np.int32, total)
+    begins, ends, exact_run = _byte_places(tokenizer, runs, ids, counts)
+    segment = _segments(runs, counts, begins, ends)
 
-    ends = np.repeat(SCALE * np.asarray(pieces.base, np.int64), counts)
-    inner = np.repeat(~is_text, counts)
-    last = starts + counts - 1
-    # A template slot is one unit that only its last token closes; a text token closes the unit of its last byte.
-    ends += np.where(inner, 1, SCALE * byte_ends)
-    ends[last[~is_text]] += SCALE - 1
-    _mark_widthless(ends, byte_ends, starts, counts, is_text)
-
-    example = np.asarray(pieces.example, np.int64)
-    per_example = (
-        np.bincount(example, counts, len(widths)).astype(np.int64) if runs else np.zeros(len(widths), np.int64)
+    slots = np.array(
+        [(s.example, s.number, s.base, -1 if s.size is None else s.size, s.loss) for s in runs.slots], np.int64
     )
+    slots = slots.reshape(-1, 5)
+    length, at, bound = (np.asarray(values, np.int64) for values in (runs.length, runs.at, runs.bound))
+    stop = np.cumsum(length)
+    slot = np.asarray(runs.slot, np.int64)[segment]
+    _, number, base, size, loss = slots[slot].T
+    # A text token closes the unit of its last byte; a template slot is one unit that only its last token closes.
+    closed = np.minimum(at[segment] + np.minimum(ends, stop[segment]) - (stop - length)[segment], bound[segment])
+    scaled = SCALE * (base + np.where(size < 0, 0, closed))
+    last = np.append(slot[1:] != slot[:-1], True)[:total]
+    scaled[last] = SCALE * (base + np.where(size < 0, 1, size))[last]
+    scaled[(size < 0) & ~last] += 1
+    _mark_widthless(scaled, SCALE * base, (size >= 0) & ~last)
+
+    example = np.asarray(runs.example, np.int64)
     exact = np.ones(len(widths), bool)
     exact[example[~exact_run]] = False
+    per_example = np.bincount(example, counts, len(widths)).astype(np.int64)
     return EncodedBatch(
         ids=ids,
         offsets=np.concatenate(([0], np.cumsum(per_example))),
-        ends=ends,
-        slot=np.repeat(np.asarray(pieces.slot, np.int32), counts),
-        loss=np.repeat(np.asarray(pieces.loss, bool), counts),
+        ends=scaled,
+        slot=number.astype(np.int32),
+        loss=loss.astype(bool),
         exact=exact,
         widths=widths,
-        first=view.first_bytes[ids],
+        first=tokenizer.first_bytes[ids],
     )
 
 
-def _byte_ends(
-    view: ByteView, pieces: _Pieces, ids: np.ndarray, starts: np.ndarray, counts: np.ndarray, is_text: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (byte end of each token within its text run, 0 elsewhere; whether each run is exact)."""
-    exact = np.ones(len(counts), bool)
-    if not pieces.text_at:
-        return np.zeros(len(ids), np.int64), exact
-    lengths = view.lengths[ids].astype(np.int64)
-    at = np.asarray(pieces.text_at)
-    sizes = np.asarray(pieces.sizes, np.int64)
-    sums = np.add.reduceat(lengths, starts)[at]
-    dummy = (sums == sizes + 1) & np.asarray(pieces.prefixed) if view.prefix_space else np.zeros(len(at), bool)
-    # The dummy space of SentencePiece is no byte of the text: the slot's first token gives it up.
-    lengths[starts[at[dummy]]] -= 1
+def _byte_places(
+    tokenizer: ByteTokenizer, runs: _Runs, ids: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (first byte, end) of each token in the runs laid end to end, int64 [N], and whether each run is exact."""
+    lengths = tokenizer.lengths[ids].astype(np.int64)
+    sizes, texts = np.asarray(runs.sizes, np.int64), np.asarray(runs.text_at, np.int64)
+    starts = np.cumsum(counts) - counts
+    sums = np.diff(np.concatenate(([0], np.cumsum(lengths)))[np.append(starts, len(ids))])
+    prefixed = np.zeros(len(counts), bool)
+    if tokenizer.prefix_space:
+        prefixed[texts] = runs.prefixed
+    dummy = (sums == sizes + 1) & prefixed
+    # The dummy space of SentencePiece is no byte of the text: the run's first token gives it up.
+    lengths[starts[dummy]] -= 1
     good = (sums == sizes) | dummy
     expected = [
-        b" " + text.encode() if trim else text.encode() for text, trim in zip(pieces.texts, dummy.tolist(), strict=True)
+        b" " + text.encode() if trim else text.encode()
+        for text, trim in zip(runs.texts, dummy[texts].tolist(), strict=True)
     ]
-    if not good.all() or view.join(chain.from_iterable(pieces.ids[i] for i in pieces.text_at)) != b"".join(expected):
-        good &= np.fromiter((view.join(pieces.ids[i]) == e for i, e in zip(at, expected, strict=True)), bool, len(at))
-    exact[at] = good
-    cumulated = np.cumsum(np.where(np.repeat(is_text, counts), lengths, 0))
-    before = cumulated[starts] - np.where(is_text, lengths[starts], 0)
-    ends = cumulated - np.repeat(before, counts)
-    ends[~np.repeat(is_text, counts)] = 0
-    for k in np.flatnonzero(~good):
-        begin, run = starts[at[k]], at[k]
-        ends[begin : begin + counts[run]] = view.estimated_ends(
-            pieces.texts[k], counts[run], ends[begin : begin + counts[run]]
-        )
-    return ends, exact
+    if not good.all() or tokenizer.join(ids) != b"".join(expected):
+        found = (tokenizer.join(runs.ids[i]) for i in runs.text_at)
+        good[texts] &= np.fromiter(map(bytes.__eq__, found, expected), bool, len(expected))
+    within = np.cumsum(lengths) - np.repeat(np.cumsum(sums - dummy) - (sums - dummy), counts)
+    for run, text in zip(runs.text_at, runs.texts, strict=True):
+        if not good[run] and counts[run]:
+            place = slice(starts[run], starts[run] + counts[run])
+            within[place] = tokenizer.estimated_ends(text, int(counts[run]), within[place])
+    first = np.repeat(np.cumsum(sizes) - sizes, counts)
+    ends = within + first
+    begins = np.append(0, ends)[:-1]
+    return np.maximum(begins[: len(ends)], first), ends, good
 
 
-def _mark_widthless(
-    ends: np.ndarray, byte_ends: np.ndarray, starts: np.ndarray, counts: np.ndarray, is_text: np.ndarray
-) -> None:
+def _segments(runs: _Runs, counts: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return int64 [N]: the segment of each token; see the module for those that lie in several."""
+    several = np.asarray(runs.segments, np.int64)
+    first = np.cumsum(several) - several
+    found = np.repeat(first, counts)
+    crossing = np.flatnonzero(np.repeat(several > 1, counts))
+    if not len(crossing):
+        return found
+    stop = np.cumsum(np.asarray(runs.length, np.int64))
+    is_text = np.array([runs.slots[slot].size is not None for slot in runs.slot])
+    text_before = np.maximum.accumulate(np.where(is_text, np.arange(len(is_text)), -1))
+    lowest, begin, end = found[crossing], begins[crossing], ends[crossing]
+    own = np.maximum(np.searchsorted(stop, end), lowest)
+    text = text_before[own]
+    found[crossing] = np.where((text >= lowest) & (stop[text] > begin), text, own)
+    return found
+
+
+def _mark_widthless(ends: np.ndarray, base: np.ndarray, text: np.ndarray) -> None:
     """Move, in place, text tokens without width off the units that can match: they ride with the token after them."""
-    text = np.repeat(is_text, counts)
-    at_start = text & (byte_ends == 0)
-    if at_start.any():
-        ends[at_start] += 1
-    follows = np.zeros(len(ends), bool)
-    follows[:-1] = (byte_ends[1:] == byte_ends[:-1]) & text[:-1] & (byte_ends[:-1] > 0)
-    follows[starts + counts - 1] = False
-    if follows.any():
-        ends[follows] -= 1
+    at_start = text & (ends == base)
+    follows = np.append(ends[1:] == ends[:-1], False)[: len(ends)] & text & ~at_start
+    ends[at_start] += 1
+    ends[follows] -= 1
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

@@ -8,7 +8,7 @@ GPT-2, say) the eos closes them for want of anything else; that is no end of tur
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stages.tokenization.chat import PLAIN_ROLES
+from stages.tokenization.turns import PLAIN_ROLES
 
 if TYPE_CHECKING:
     from stages.tokenization.view import ByteView

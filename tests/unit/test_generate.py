@@ -214,7 +214,7 @@ def test_chats(world):
             assert [(slot["role"], slot["text"]) for slot in slots[:-1]] == [
                 (slot["role"], slot["text"]) for slot in CHAT[:before]
             ]
-            assert slots[-1] == {"role": "assistant", "text": row["answer"], "loss": True}
+            assert slots[-1] == {"role": "assistant", "text": row["answer"], "loss": True, "fields": None}
             assert not any(slot["loss"] for slot in slots[:-1])
 
 
