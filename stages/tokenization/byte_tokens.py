@@ -137,23 +137,25 @@ class ByteTokenizer:
 
     def find_specials(self, text: str) -> list[Special]:
         """Return the special tokens in a text, as the tokenizers library finds them by their flags."""
-        found = self._finder.encode(text, add_special_tokens=False)
+        finder, identities = self._finder
+        found = finder.encode(text, add_special_tokens=False)
         return [
-            Special(start, end, self.special_texts[token])
-            for token, (start, end) in zip(found.tokens, found.offsets, strict=True)
-            if token in self.special_texts
+            Special(start, end, identities[identity])
+            for identity, (start, end) in zip(found.ids, found.offsets, strict=True)
+            if identity in identities
         ]
 
     @cached_property
-    def _finder(self) -> Tokenizer:
-        """A tokenizer that knows the added tokens and nothing else: what is between them is one token."""
+    def _finder(self) -> tuple[Tokenizer, dict[int, int]]:
+        """A tokenizer of added tokens alone, to which all between them is one token; its ids of specials -> ours."""
         from tokenizers import Tokenizer, models
 
         finder = Tokenizer(models.WordLevel({_OTHER: 0}, unk_token=_OTHER))
         finder.normalizer = self._tokenizer.normalizer
         for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):
-            finder.add_special_tokens([token]) if token.special else finder.add_tokens([token])
-        return finder
+            (finder.add_special_tokens if token.special else finder.add_tokens)([token])
+        own = finder.get_added_tokens_decoder().items()
+        return finder, {identity: self.special_texts[token.content] for identity, token in own if token.special}
 
     @cached_property
     def _misread(self) -> re.Pattern[str] | None:

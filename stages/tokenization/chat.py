@@ -52,7 +52,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A rendering as sections. `whole`: of each message, whether all of it is there; `faithful`: it is the template's."""
+    """A rendering as sections. `whole`: of each message, whether all is there; `faithful`: it is the template's."""
 
     sections: tuple[Section, ...]
     whole: tuple[bool, ...]
@@ -96,6 +96,11 @@ class Chats:
                 self._layouts.clear()
             self._layouts[place] = self._made(slots, turns, spans, foreign, options)
         return self._layouts[place], spans
+
+    def untrained(self, slots: Slots) -> int:
+        """Return how many turns are to be trained on and are not, since the template leaves a part of them out."""
+        layout, _ = self.layout(slots)
+        return sum(bool(slot["loss"]) and not whole for slot, whole in zip(slots, layout.whole, strict=True))
 
     def _read(self, slot: Mapping[str, Any], first: int, foreign: list[str]) -> tuple[Turn, list[tuple[int, int]]]:
         """Return a message of shapes with placeholders from `first` on, and the spans of the text that they stand for.
@@ -143,7 +148,7 @@ class Chats:
         try:
             faithful = filled == self._template.render([message_of(slot) for slot in slots], **options)
         except TemplateRefusal:
-            faithful = True  # put together of what the template takes
+            faithful = not rendering.refused  # put together of what the template takes
         there = {run_of(rendering.text[place]) for place in rendering.runs}
         whole = [
             there.issuperset(range(turn.first, turn.stop))

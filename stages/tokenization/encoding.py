@@ -119,6 +119,11 @@ class _Runs:
         self.close(example, (), size, segments)
 
 
+def is_plain(slots: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether an example is a plain text and no chat."""
+    return all(slot["role"] == "text" for slot in slots)
+
+
 def encode_texts(tokenizer: ByteTokenizer, texts: Sequence[str]) -> list[Tokens]:
     """Encode raw texts, no special tokens added, special-looking text as plain text."""
     runs = _Runs()
@@ -142,7 +147,7 @@ def encode_examples(
     widths = np.empty(len(slots_per_example), np.int64)
     faithful = np.ones(len(slots_per_example), bool)
     for example, slots in enumerate(slots_per_example):
-        if all(slot["role"] == "text" for slot in slots):
+        if is_plain(slots):
             ends = ends_document is not None and bool(ends_document[example])
             widths[example] = _lay_out_text(tokenizer, runs, example, slots, ends)
         else:

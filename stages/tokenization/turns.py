@@ -41,12 +41,17 @@ class Cut(NamedTuple):
 
 
 class Rendering(NamedTuple):
-    """A conversation rendered. `runs`: places of the placeholders that stand in their turn; `opening`: of the start."""
+    """A conversation rendered.
+
+    `opening`: length of the start; `runs`: places of the placeholders that stand in their turn; `refused`: a turn that
+    the template takes in no conversation is left out.
+    """
 
     text: str
     opening: int
     cuts: tuple[Cut, ...]
     runs: tuple[int, ...]
+    refused: bool = False
 
 
 class TurnFinder:
@@ -131,7 +136,10 @@ class TurnFinder:
             else:
                 content, content_end = spot
                 lead = text[content : next(place for place in runs if place >= content)]
-                if lead and lead.isspace():
+                if any(map(turn.message.get, CALLS)):
+                    # A template may write them before the content.
+                    content = min(content, at + self._header_length(turns, i, text, at))
+                elif lead and lead.isspace():
                     # A template may have stripped it, and have written the same itself.
                     content = max(content, min(at + self._header_length(turns, i, text, at), content + len(lead)))
             end = content_end + self._end_length(text[content_end:following], tails[i], i == len(turns) - 1)
@@ -151,7 +159,8 @@ class TurnFinder:
     def _header_length(self, turns: Sequence[Turn], number: int, text: str, at: int) -> int:
         """Return the length of a turn's header from `at`: what precedes another content, or an answer to be made."""
         filled = [*turns]
-        filled[number] = _filler(turns[number].message["role"], _INSTEAD, turns[number].message)
+        message = {key: value for key, value in turns[number].message.items() if key not in CALLS}
+        filled[number] = _filler(message["role"], _INSTEAD, message)
         trials = [(filled, {})]
         if turns[number].message["role"] == "assistant" and number:
             trials.append((turns[:number], {"add_generation_prompt": True}))
@@ -177,10 +186,11 @@ class TurnFinder:
         return length
 
     def _composed(self, turns: Sequence[Turn], **options: Any) -> Rendering:
-        parts, cuts, runs = [self._opening], [], []
+        parts, cuts, runs, refused = [self._opening], [], [], False
         at = opening = len(self._opening)
         for i, turn in enumerate(turns):
             text, cut, own = self._alone(turn, i == 0)
+            refused |= not text
             shift = at - cut.start
             parts.append(text[cut.start : cut.end])
             cuts.append(Cut(*(place + shift for place in cut)))
@@ -189,10 +199,13 @@ class TurnFinder:
         if options.get("add_generation_prompt"):
             found = self._found([_filler("user", 0)], **options)
             parts.append(found.text[found.cuts[-1].end :])
-        return Rendering("".join(parts), opening, tuple(cuts), tuple(runs))
+        return Rendering("".join(parts), opening, tuple(cuts), tuple(runs), refused)
 
     def _alone(self, turn: Turn, first: bool) -> tuple[str, Cut, list[int]]:
-        """Return (rendering, cut, places of its runs) of a turn among others with which the template takes it."""
+        """Return (rendering, cut, places of its runs) of a turn among others with which the template takes it.
+
+        The rendering is "" where it takes it with none.
+        """
         role = turn.message["role"]
         user, answer, ask, reply = (_filler(role, number) for number, role in enumerate(PLAIN_ROLES))
         plain = turn._replace(message={"role": role, "content": turn.text})

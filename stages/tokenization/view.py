@@ -139,6 +139,10 @@ class ByteView(ByteTokenizer):
         options |= {"add_generation_prompt": True}
         return encoding.encode_examples(self, self.chats, slots_per_example, None, options)
 
+    def untrained(self, slots: Sequence[Mapping[str, Any]]) -> int:
+        """Return how many turns of an example with `loss` are not trained on; see `encode_examples`."""
+        return 0 if encoding.is_plain(slots) else self.chats.untrained(slots)
+
     def chat_pieces(self, roles: tuple[str, ...]) -> Template:
         """Return the token ids around contents in a conversation of `roles`."""
         batch = self.encode_examples([_words(roles)])
