@@ -67,6 +67,7 @@ class ByteTokenizer:
                 self._fallbacks.add(identity)
         self.special_texts = {token.content: identity for identity, token in added.items() if token.special}
         self._special_tokens = {identity: token for identity, token in added.items() if token.special}
+        self._regular = frozenset(identity for identity, token in added.items() if not token.special)
         for identity, token in added.items():
             if token.special:
                 self.token_bytes[identity] = None
@@ -119,6 +120,24 @@ class ByteTokenizer:
             for position, item in zip(compress(range(len(texts)), wanted), found, strict=True):
                 ids[position] = item.ids
         return ids
+
+    def lengths_in(self, text: bytes, ids: Sequence[int]) -> np.ndarray | None:
+        """Return how many bytes of a text each of its tokens has, int64, None where they are not the text's bytes.
+
+        A dummy space has none: after a regular added token a tokenizer may put another one.
+        """
+        lengths, at, spare = self.lengths[list(ids)].astype(np.int64), 0, False
+        for place, identity in enumerate(ids):
+            token = self._joinable[identity]
+            spare |= self.prefix_space == "always" and (place == 0 or ids[place - 1] in self._regular)
+            if not text.startswith(token, at) and spare and token[:1] == b" ":
+                token, spare = token[1:], False
+                lengths[place] -= 1
+            if not text.startswith(token, at):
+                return None
+            spare &= not token.strip(b" ")
+            at += len(token)
+        return lengths if at == len(text) else None
 
     def estimated_ends(self, text: str, count: int, fallback: np.ndarray) -> np.ndarray:
         """Return byte ends [count] of the tokens of a text whose bytes do not add up (unknown tokens), from offsets."""

@@ -282,30 +282,42 @@ def _byte_places(
     lengths = tokenizer.lengths[ids].astype(np.int64)
     sizes, texts = np.asarray(runs.sizes, np.int64), np.asarray(runs.text_at, np.int64)
     starts = np.cumsum(counts) - counts
-    sums = np.diff(np.concatenate(([0], np.cumsum(lengths)))[np.append(starts, len(ids))])
-    prefixed = np.zeros(len(counts), bool)
-    if tokenizer.prefix_space:
-        prefixed[texts] = runs.prefixed
-    dummy = (sums == sizes + 1) & prefixed
     # The dummy space of SentencePiece is no byte of the text: the run's first token gives it up.
-    lengths[starts[dummy]] -= 1
-    good = (sums == sizes) | dummy
+    dummy = np.zeros(len(counts), bool)
+    if tokenizer.prefix_space:
+        dummy[texts] = runs.prefixed
+        dummy &= _sums(lengths, starts) == sizes + 1
+        lengths[starts[dummy]] -= 1
+    exact = _sums(lengths, starts) == sizes
     expected = [
         b" " + text.encode() if trim else text.encode()
         for text, trim in zip(runs.texts, dummy[texts].tolist(), strict=True)
     ]
-    if not good.all() or tokenizer.join(ids) != b"".join(expected):
-        found = (tokenizer.join(runs.ids[i]) for i in runs.text_at)
-        good[texts] &= np.fromiter(map(bytes.__eq__, found, expected), bool, len(expected))
-    within = np.cumsum(lengths) - np.repeat(np.cumsum(sums - dummy) - (sums - dummy), counts)
+    if not exact.all() or tokenizer.join(ids) != b"".join(expected):
+        found = (tokenizer.join(runs.ids[run]) for run in runs.text_at)
+        exact[texts] &= np.fromiter(map(bytes.__eq__, found, expected), bool, len(expected))
+    inexact = []
     for run, text in zip(runs.text_at, runs.texts, strict=True):
-        if not good[run] and counts[run]:
-            place = slice(starts[run], starts[run] + counts[run])
-            within[place] = tokenizer.estimated_ends(text, int(counts[run]), within[place])
+        if not exact[run] and counts[run]:
+            own = tokenizer.lengths_in(text.encode(), runs.ids[run])
+            exact[run] = own is not None
+            if own is None:
+                inexact.append((run, text))
+            else:
+                lengths[starts[run] : starts[run] + counts[run]] = own
+    within = np.cumsum(lengths) - np.repeat(np.cumsum(_sums(lengths, starts)) - _sums(lengths, starts), counts)
+    for run, text in inexact:
+        place = slice(starts[run], starts[run] + counts[run])
+        within[place] = tokenizer.estimated_ends(text, int(counts[run]), within[place])
     first = np.repeat(np.cumsum(sizes) - sizes, counts)
     ends = within + first
-    begins = np.append(0, ends)[:-1]
-    return np.maximum(begins[: len(ends)], first), ends, good
+    begins = np.append(0, ends)[: len(ends)]
+    return np.maximum(begins, first), ends, exact
+
+
+def _sums(lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the sum of each run that begins at `starts`; runs may be empty."""
+    return np.diff(np.concatenate(([0], np.cumsum(lengths)))[np.append(starts, len(lengths))])
 
 
 def _segments(runs: _Runs, counts: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -215,8 +215,9 @@ class TurnFinder:
                 trials.append(([user, answer, ask], variant, [_filler("user", _AFTER)]))
             elif role != "user":
                 trials.append(([], variant, [ask]))
-        asked = plain._replace(message={"role": "user", "content": turn.text})
-        trials.append(([] if first else [user, answer], asked, [reply]))
+        if role != "assistant":
+            asked = plain._replace(message={"role": "user", "content": turn.text})
+            trials.append(([] if first else [user, answer], asked, [reply]))
         for before, variant, after in trials:
             conversation = [*before, variant, *after]
             try:
