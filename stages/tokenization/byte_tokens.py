@@ -21,11 +21,15 @@ _OTHER = "\0"  # of the finder of specials: any text between them
 
 
 class Special(NamedTuple):
-    """A special token that stands in a text from `start` to `end`, white space that it takes along included."""
+    """A special token that stands in a text from `start` to `end`, white space that it takes along included.
+
+    `prefixes`: the text after it gets the dummy space that the tokenizer may add.
+    """
 
     start: int
     end: int
     identity: int
+    prefixes: bool = False
 
 
 class ByteTokenizer:
@@ -156,25 +160,33 @@ class ByteTokenizer:
 
     def find_specials(self, text: str) -> list[Special]:
         """Return the special tokens in a text, as the tokenizers library finds them by their flags."""
-        finder, identities = self._finder
+        finder, specials = self._finder
         found = finder.encode(text, add_special_tokens=False)
-        return [
-            Special(start, end, identities[identity])
-            for identity, (start, end) in zip(found.ids, found.offsets, strict=True)
-            if identity in identities
+        places = [
+            (specials[identity], place)
+            for identity, place in zip(found.ids, found.offsets, strict=True)
+            if identity in specials
         ]
+        return [Special(start, end, *special) for special, (start, end) in places]
 
     @cached_property
-    def _finder(self) -> tuple[Tokenizer, dict[int, int]]:
-        """A tokenizer of added tokens alone, to which all between them is one token; its ids of specials -> ours."""
+    def _finder(self) -> tuple[Tokenizer, dict[int, tuple[int, bool]]]:
+        """Return a tokenizer of added tokens alone, and its ids of specials -> our id, `Special.prefixes`."""
         from tokenizers import Tokenizer, models
 
+        # All text between added tokens is one token.
         finder = Tokenizer(models.WordLevel({_OTHER: 0}, unk_token=_OTHER))
-        finder.normalizer = self._tokenizer.normalizer
+        normalizer = finder.normalizer = self._tokenizer.normalizer
         for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):
             (finder.add_special_tokens if token.special else finder.add_tokens)([token])
-        own = finder.get_added_tokens_decoder().items()
-        return finder, {identity: self.special_texts[token.content] for identity, token in own if token.special}
+        # A normalizer puts its space before any special is found that is looked for in normalized text.
+        once = normalizer is not None and b'"Prepend"' in normalizer.__getstate__()
+        always = self.prefix_space == "always"
+        return finder, {
+            identity: (self.special_texts[token.content], always and not (once and token.normalized))
+            for identity, token in finder.get_added_tokens_decoder().items()
+            if token.special
+        }
 
     @cached_property
     def _misread(self) -> re.Pattern[str] | None:

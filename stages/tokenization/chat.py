@@ -43,11 +43,11 @@ class Piece(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A special token (`identity` >= 0, one piece), or all text between two; `opens`: nothing comes before it."""
+    """A special token (`identity` >= 0, one piece), or all text between two; `prefixed`: it gets a dummy space."""
 
     identity: int
     pieces: tuple[Piece, ...]
-    opens: bool
+    prefixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,13 @@ class Chats:
     def _sections(self, rendering: Rendering, foreign: list[str]) -> list[Section]:
         text = rendering.text
         pieces = _Pieces(rendering, foreign)
-        sections, at = [], 0
+        sections, before = [], Special(0, 0, -1, True)
         for special in [*self._find(text), Special(len(text), len(text), -1)]:
-            if found := tuple(pieces.between(at, special.start)):
-                sections.append(Section(-1, found, at == 0))
+            if found := tuple(pieces.between(before.end, special.start)):
+                sections.append(Section(-1, found, before.prefixes))
             if special.identity >= 0:
-                sections.append(Section(special.identity, (pieces.special(special),), False))
-            at = special.end
+                sections.append(Section(special.identity, (pieces.special(special),)))
+            before = special
         return sections
 
 

@@ -152,7 +152,7 @@ def encode_examples(
             widths[example] = _lay_out_text(tokenizer, runs, example, slots, ends)
         else:
             layout, spans = chats.layout(slots, **(options or {}))
-            widths[example] = _lay_out_chat(tokenizer, runs, example, slots, layout, spans)
+            widths[example] = _lay_out_chat(runs, example, slots, layout, spans)
             faithful[example] = layout.faithful
     batch = _assemble(tokenizer, runs, SCALE * widths)
     batch.exact[:] &= faithful
@@ -178,7 +178,6 @@ def _lay_out_text(
 
 
 def _lay_out_chat(
-    tokenizer: ByteTokenizer,
     runs: _Runs,
     example: int,
     slots: Sequence[Mapping[str, Any]],
@@ -199,12 +198,11 @@ def _lay_out_chat(
     begins = [_size(slots[message]["text"][:start]) for message, start, _ in spans]
     stops = [begin + _size(text) for begin, text in zip(begins, texts, strict=True)]
     for section in layout.sections:
-        _add_section(tokenizer, runs, section, places, (texts, begins, stops))
+        _add_section(runs, section, places, (texts, begins, stops))
     return unit + 1
 
 
 def _add_section(
-    tokenizer: ByteTokenizer,
     runs: _Runs,
     section: Section,
     places: Sequence[int],
@@ -230,8 +228,7 @@ def _add_section(
         runs.add_segment(places[piece.slot], length, at, bound)
         parts.append(text)
         total += length
-    prefixed = section.opens or tokenizer.prefix_space == "always"
-    runs.close_text(slot.example, "".join(parts), total, len(parts), prefixed)
+    runs.close_text(slot.example, "".join(parts), total, len(parts), section.prefixed)
 
 
 def _assemble(tokenizer: ByteTokenizer, runs: _Runs, widths: np.ndarray) -> EncodedBatch:

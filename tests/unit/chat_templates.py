@@ -152,7 +152,8 @@ DEEPSEEK = """{{- bos_token }}
 {%- for message in messages %}
     {%- if message.role == 'user' %}{{- '<\uff5cUser\uff5c>' + message.content }}
     {%- elif message.role == 'assistant' %}
-        {{- '<\uff5cAssistant\uff5c>' + message.content.split('</think>')[-1] + '<\uff5cend\u2581of\u2581sentence\uff5c>' }}
+        {{- '<\uff5cAssistant\uff5c>' + message.content.split('</think>')[-1] }}
+        {{- '<\uff5cend\u2581of\u2581sentence\uff5c>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<\uff5cAssistant\uff5c><think>\\n' }}{% endif %}"""
