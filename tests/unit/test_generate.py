@@ -359,6 +359,7 @@ def planned(config, schema, tmp_path):
         ({"prompt_bytes": 2048}, "corpora.answers.prompt_bytes. is 2048, which leaves no room"),
         ({"sampling": {"top_p": 0}}, "corpora.answers.sampling.top_p.*more than 0"),
         ({"sampling": {"temperature": 0}}, "corpora.answers.sampling.temperature.*more than 0"),
+        ({"enable_thinking": "yes"}, "corpora.answers.enable_thinking"),
         ({"sampling": {"max_tokens": 5}}, "corpora.answers.sampling.max_tokens.*max_new_tokens"),
     ],
 )
@@ -388,8 +389,12 @@ def test_plan_of_text_distillation(schema, tmp_path):
     assert made.stage == "generate" and set(made.spec["inputs"]) == {"corpus", "tokenizer"}
     assert made.spec["sampling"] == {"do_sample": False, "max_new_tokens": 512} and "seed" not in made.spec
     assert set(nodes["students/seqkd/manifest.json"].spec["inputs"]) == {"corpus", "tokenizer"}
+    assert made.spec["enable_thinking"] is None
     controls = {entry["name"]: entry["control"] for entry in nodes["summary/manifest.json"].spec["experiments"]}
     assert controls == {"seqkd": "sft", "sft": None, "alm": "sft"}
+    config["corpora"]["answers"] = GENERATED | {"enable_thinking": True}
+    asked = planned(config, schema, tmp_path)["corpora/answers/manifest.json"]
+    assert asked.spec["enable_thinking"] is True and asked.lineage != made.lineage
     # What greedy search does not read makes nothing new; what draws read does.
     config["corpora"]["answers"] = GENERATED | {"sampling": {"top_p": 0.5}, "seed": 9}
     assert planned(config, schema, tmp_path) == nodes
