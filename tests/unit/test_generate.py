@@ -18,7 +18,7 @@ from stages.artifacts.tables import identity_of, read_table
 from stages.core import artifact
 from stages.core.errors import UserError
 from stages.generation import sampling as sampler
-from stages.generation.prompts import Prompt, answer_of, answered_rows, encode_prompts, prompts_of
+from stages.generation.prompts import Prompt, answer_of, answered_rows, prompts_of
 from stages.planning import expand, plan, run, sources
 from stages.tokenization import ByteView
 
@@ -320,22 +320,6 @@ def test_nothing_is_lost_when_answers_are_cut(start, rest, max_bytes):
     rows = answered_rows(chat, rest, True, max_bytes)
     assert "".join(slot["text"] for row in rows for slot in row["slots"] if slot["loss"]) == rest
     assert all(row["bytes"] <= max_bytes for row in rows)
-
-
-def test_prompts_of_real_tokenizers(tokenizers_dir):
-    """A prompt is what the template puts before an answer; what follows it are the answer's own tokens."""
-    prompt = Prompt("c:0", 2, tuple((slot["role"], slot["text"]) for slot in CHAT[1:2]), True)
-    for name in ("gpt2", "llama2", "qwen1.5"):
-        view = ByteView.load(tokenizers_dir / name)
-        encoded = encode_prompts(view, [prompt])
-        whole = view.encode_examples([[CHAT[1], {"role": "assistant", "text": "Hello there.", "loss": True}]])
-        size = len(encoded.ids[0])
-        assert np.array_equal(whole.ids[:size], encoded.ids[0]), name
-        end = np.flatnonzero(whole.loss)[-1] + 1
-        endings = frozenset(view.special_ids)
-        assert (
-            answer_of(view, whole.ids[size:end].tolist(), endings, encoded.prefixed[0])[0].strip("\n") == "Hello there."
-        )
 
 
 GENERATED = {"kind": "generated", "teacher": "big", "prompts": "docs"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stages.generation.prompts import Prompt, answer_of, answered_rows, encode_prompts, prompts_of
+from stages.tokenization import ByteView
 from stages.tokenization.sources import load
 from tests.unit import tokenizers_zoo as zoo
 
@@ -64,3 +65,19 @@ def test_prompts_with_calls(tmp_path):
     assert written[1] == 'user:q<|im_end|>assistant:[{"name": "f"}]<|im_end|>tool:r<|im_end|>assistant:'
     (answered,) = answered_rows(prompts[1], "b", True, 100)
     assert [slot.get("fields") for slot in answered["slots"]] == [None, json.dumps(call), None, None]
+
+
+def test_prompts_of_real_tokenizers(tokenizers_dir):
+    """A prompt is what the template puts before an answer; what follows it are the answer's own tokens."""
+    prompt = Prompt("c:0", 2, (("user", "naïve café?"),), True)
+    for name in ("gpt2", "llama2", "qwen1.5"):
+        view = ByteView.load(tokenizers_dir / name)
+        encoded = encode_prompts(view, [prompt])
+        whole = view.encode_examples([zoo.chat(("user", "naïve café?"), ("assistant", "Hello there."))])
+        size = len(encoded.ids[0])
+        assert np.array_equal(whole.ids[:size], encoded.ids[0]), name
+        end = np.flatnonzero(whole.loss)[-1] + 1
+        endings = frozenset(view.special_ids)
+        assert (
+            answer_of(view, whole.ids[size:end].tolist(), endings, encoded.prefixed[0])[0].strip("\n") == "Hello there."
+        )
