@@ -48,8 +48,8 @@ class ChatTemplate:
             return _compiled(self.source, placeholders).render(messages=list(map(self._given, messages)), **variables)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefusal(str(error) or type(error).__name__) from None
-        except RecursionError:
-            raise TemplateRefusal("it calls itself without end") from None
+        except RuntimeError as error:  # a macro that calls itself without end
+            raise TemplateRefusal(type(error).__name__) from None
 
     def _given(self, message: Message) -> dict[str, Any]:
         """Return a message as transformers gives it to a template: without nulls, reasoning under two names."""

@@ -9,6 +9,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from stages.tokenization.rendering import PLACEHOLDERS, ChatTemplate, TemplateRe
 
 PLAIN_ROLES = ("user", "assistant", "user", "assistant")
 FILLERS = 0xFFF0  # from here on, numbers of placeholders for contents that a conversation lacks
-_NEXT, _INSTEAD, _AFTER = 4, 5, 6
+_NEXT, _INSTEAD, _AFTER = 4, 5, 6  # of them, behind those of PLAIN_ROLES
 CALLS = ("tool_calls", "function_call")
 RUN = re.compile("[\U000f0000-\U0010ffff]")
 
@@ -61,6 +62,7 @@ class TurnFinder:
         self._template, self._specials = template, specials
         self._start = template.variables.get("bos_token") or template.variables.get("eos_token") or ""
         self._ends: list[str] = []
+        self._opener = ""  # the special token that turns begin with
         try:
             plain = self._found([_filler(role, number) for number, role in enumerate(PLAIN_ROLES)])
         except TemplateRefusal as error:
@@ -69,6 +71,8 @@ class TurnFinder:
             reason = "the content of a message does not appear" if len(plain.runs) < len(PLAIN_ROLES) else ""
             self._ends = [plain.text[cut.content_end : cut.end] for cut in plain.cuts]
             self._opening = plain.text[: plain.opening]
+            first = specials.match(plain.text, plain.cuts[0].start, plain.cuts[0].content) if specials else None
+            self._opener = first[0] if first and first[0] != template.variables.get("eos_token") else ""
         if reason:
             raise UserError(
                 f"The chat template of tokenizer {name} cannot render a user and an assistant turn: {reason}."
@@ -151,7 +155,8 @@ class TurnFinder:
         """Return how much of `rest`, from the end of a content on, is the end of its turn."""
         common = self._common(rest, tail) if tail is not None else 0
         if common or tail == "":
-            return common
+            # A template that always asks for an answer has the start of the next header in both.
+            return len(rest[:common].removesuffix(self._opener))
         if last:
             return len(rest)
         return max((len(end) for end in self._ends if rest.startswith(end)), default=0)
@@ -197,8 +202,9 @@ class TurnFinder:
             runs += [place + shift for place in own]
             at = cuts[-1].end
         if options.get("add_generation_prompt"):
-            found = self._found([_filler("user", 0)], **options)
-            parts.append(found.text[found.cuts[-1].end :])
+            with suppress(TemplateRefusal):
+                found = self._found([_filler("user", 0)], **options)
+                parts.append(found.text[found.cuts[-1].end :])
         return Rendering("".join(parts), opening, tuple(cuts), tuple(runs), refused)
 
     def _alone(self, turn: Turn, first: bool) -> tuple[str, Cut, list[int]]:

@@ -274,6 +274,13 @@ REPEATED = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+# The header of an answer stands at the end of every rendering, asked for or not.
+ALWAYS_ASKS = (
+    "{% for message in messages %}"
+    "{{ '<|START_OF_TURN_TOKEN|>' + ('<|USER_TOKEN|>' if message.role == 'user' else '<|CHATBOT_TOKEN|>') }}"
+    "{{ message.content + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}"
+)
+
 # name -> (template, what closes an answer that is not the last, what closes the last)
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>\n", "<|im_end|>\n"),
@@ -299,6 +306,7 @@ TEMPLATES = {
     "granite": (GRANITE, "</s>\n", "</s>\n"),
     "olmo": (OLMO, "</s>", "</s>"),
     "parts": (PARTS, "</s>\n", "</s>\n"),
+    "always_asks": (ALWAYS_ASKS, "<|END_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
     "repeated": (REPEATED, "</s>", "</s>"),
 }
 SPECIALS = [
