@@ -18,7 +18,7 @@ methods: .venv/ready ## compare every method over three seeds, ends in results/m
 	@echo "The report is results/methods/report.html"
 
 test: .venv/ready   ## run every test that this machine can run
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 bench: .venv/ready  ## measure the benchmarks: one table, and results/bench.json
 	$(BIN)/python -m tests.benchmarks

@@ -4,16 +4,19 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.core import artifact, stage
 from stages.core.errors import UserError
 from stages.corpora.examples import ROWS_PER_GROUP, ExampleWriter, example_rows
 
+if TYPE_CHECKING:
+    from stages.corpora.cutting import Turn
+
 TRAIN_ON = "assistant"
 LEFT_OUT = {
     "empty_rows": "no text in them (null, empty, or no such column)",
-    "rows_with_media": "a message in them has parts that are no text (an image, a sound)",
+    "refused_rows": "they hold more than text, an image say",
     "untrained_documents": "nothing in them is trained on, see train_on",
 }
 
@@ -81,20 +84,19 @@ def _examples(spec: dict[str, Any], counts: Counter[str]) -> Iterator[tuple[str,
 
 def _rows(document: Any, document_id: str, max_bytes: int, train_on: str) -> list[dict[str, Any]]:
     """Return the examples of a document."""
-    from stages.corpora.cutting import cut_text, cut_turns
+    from stages.corpora.cutting import Turn, cut_text, cut_turns
 
-    if document.slots[0][0] == "text":
-        cut = [[("text", piece, True)] for piece in cut_text(document.slots[0][1], max_bytes)]
+    if document.slots[0].role == "text":
+        cut = [[Turn("text", piece)] for piece in cut_text(document.slots[0].text, max_bytes)]
     else:
         cut = cut_turns(_with_loss(document.slots, train_on), max_bytes)
     return example_rows(document_id, cut, document.starts, document.ends)
 
 
-def _with_loss(turns: tuple[tuple[str, ...], ...], train_on: str) -> list[Any]:
-    """Return the turns as `cut_turns` takes them."""
-    answers = [i for i, (role, *_) in enumerate(turns) if role == "assistant"]
+def _with_loss(turns: "tuple[Turn, ...]", train_on: str) -> "list[Turn]":
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     trained = {"all": range(len(turns)), "assistant": answers, "last_answer": answers[-1:]}[train_on]
-    return [(role, text, i in trained, *fields) for i, (role, text, *fields) in enumerate(turns)]
+    return [turn._replace(loss=i in trained) for i, turn in enumerate(turns)]
 
 
 def _subset(job: stage.Job) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -127,12 +129,11 @@ def _share(sizes: dict[str, int], fraction: float, seed: int) -> set[str]:
     return chosen
 
 
-def _content_id(slots: tuple[tuple[str, ...], ...]) -> str:
+def _content_id(turns: "tuple[Turn, ...]") -> str:
     hasher = hashlib.sha256()
-    for role, *parts in slots:
-        for part in parts:
-            data = part.encode()
-            hasher.update(f"{role} {len(data)}\n".encode() + data)
+    for turn in turns:
+        data = (turn.text + turn.extra).encode()
+        hasher.update(f"{turn.role} {len(data)}\n".encode() + data)
     return hasher.hexdigest()[:16]
 
 

@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     losses = import_losses(job.spec)
     needs = joint_needs(losses)
 
+    from stages.models.description import usable
     from stages.tokenization import ByteView
     from stages.training import inputs
     from stages.training import job as training
@@ -33,11 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     index = inputs.check_signals(job, needs) if needs.teacher and job.spec["teacher"] == "cached" else None
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     table = training.open_corpus(job, view)
-    pair = inputs.open_pair(job, view, needs) if needs.teacher else None
     signals = inputs.open_index(job, index, needs, table["example_id"].to_pylist()) if index else None
 
     online = bool(needs.teacher) and signals is None
     described, outer, trained = training.open_student(job, settings, view, table, job.inputs.get("init"))
+    view = usable(view, described.model, described.name)
+    pair = inputs.open_pair(job, view, needs) if needs.teacher else None
     ask, teacher = None, inputs.teacher_side(job, needs)
     if online:
         ask, teacher = online_teacher(job, pair.teacher, needs, table)

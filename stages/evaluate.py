@@ -1,5 +1,6 @@
 """Evaluate a model: bits per byte of held-out text, or tasks of the LM Evaluation Harness."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from stages.core import stage
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
             rows, facts = bits_per_byte(job, model, draft)
         else:
             rows, facts = lm_eval_tasks(job, model, manager, draft)
+        for note in facts["notes"]:
+            print(f"note: {note['task']}: {note['note']}", file=sys.stderr, flush=True)
         write_json(draft.folder / "results.json", facts | {"results": rows})
         draft.metrics |= {key: value for key, value in facts.items() if key != "model"} | {"results": rows}
 
@@ -56,8 +59,9 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     from stages.artifacts.schemas import EXAMPLES, SCORES
     from stages.artifacts.tables import read_table, write_table
     from stages.evaluation import bits_per_byte as formulas
+    from stages.evaluation.results import number
     from stages.evaluation.scoring import token_bits
-    from stages.models.description import describe
+    from stages.models.description import describe, usable
     from stages.tokenization import ByteView
     from stages.tokenization.batches import refuse_inexact
 
@@ -77,29 +81,53 @@ def bits_per_byte(job: stage.Job, model: "PreTrainedModel", draft: "Draft") -> t
     name, lengths = job.spec["model"]["name"], np.diff(batch.offsets)
     longest = int(lengths.argmax())
     largest, where = examples["bytes"][longest].as_py(), examples["example_id"][longest].as_py()
+    view = usable(view, model, name)
     described = describe(model, name, view.vocab_size, view.name)
     described.check_length(int(lengths[longest]), largest, where)
     bits = token_bits(described, batch.ids, batch.offsets, scored, BATCH_TOKENS)
     per_example = np.add.reduceat(np.append(bits, 0.0), batch.offsets[:-1])
     tokens = np.add.reduceat(np.append(scored, False).astype(np.int32), batch.offsets[:-1])
-    sizes = np.array([sum(len(slot["text"].encode()) for slot in row if slot["loss"]) for row in slots], np.int32)
-    columns = [examples["example_id"], examples["document_id"], sizes, tokens, per_example]
+    sizes = scored_bytes(slots, batch, scored)
+    known = pa.array(per_example, mask=~np.isfinite(per_example))
+    columns = [examples["example_id"], examples["document_id"], sizes, tokens, known]
     table = pa.table(dict(zip(SCORES.names, columns, strict=True)), schema=SCORES)
     write_table(draft.folder / "samples.parquet", table, job.identity)
     draft.describe["samples.parquet"] = {"rows": table.num_rows}
     value, error, documents = formulas.ratio_with_error(per_example, sizes, examples["document_id"].to_pylist())
     flops = formulas.forward_flops_per_token(described, formulas.mean_context(lengths))
     per_byte = float(tokens.sum() / sizes.sum())
+    corpus = job.inputs["corpus"]["path"].parent.name
+    text = f"the model gives no finite bits to {known.null_count} of {len(known)} examples, so there is no figure"
     facts = {
         "suite": "bits_per_byte",
         "model": described.parameters,
+        "notes": [{"task": corpus, "note": text}] if known.null_count else [],
         "bytes": int(sizes.sum()),
         "tokens_per_byte": per_byte,
         "forward_flops_per_byte": flops * per_byte,
         "inexact_examples": int((~batch.exact).sum()),
     }
-    row = {"task": job.inputs["corpus"]["path"].parent.name, "metric": "bits_per_byte", "value": value, "stderr": error}
-    return [row | {"n": documents, "higher_is_better": False}], facts
+    row = {"task": corpus, "metric": "bits_per_byte", "filter": "none", "value": number(value), "stderr": number(error)}
+    row |= {"n": documents, "higher_is_better": False, "aggregation": "mean", "leads": True}
+    return [row], facts
+
+
+def scored_bytes(slots: list[list[dict[str, Any]]], batch: "EncodedBatch", scored: "np.ndarray") -> "np.ndarray":
+    """Return int32 [B]: the bytes of each example's contents that are scored, `scored` bool [N] being their tokens.
+
+    A content that the template leaves out is trained on by its row but has no tokens.
+    """
+    import numpy as np
+
+    from stages.tokenization.encoding import SLOTS_PER_MESSAGE
+
+    example = np.repeat(np.arange(len(slots)), np.diff(batch.offsets))
+    there = set(zip(example[scored].tolist(), (batch.slot[scored] // SLOTS_PER_MESSAGE).tolist(), strict=True))
+    sizes = [
+        sum(len(slot["text"].encode()) for number, slot in enumerate(row) if (place, number) in there)
+        for place, row in enumerate(slots)
+    ]
+    return np.array(sizes, np.int32)
 
 
 def text_tokens(batch: "EncodedBatch") -> "np.ndarray":
@@ -119,21 +147,22 @@ def lm_eval_tasks(
     from stages.artifacts.schemas import TASK_SAMPLES
     from stages.artifacts.tables import write_table
     from stages.evaluation import harness
-    from stages.models.description import describe
+    from stages.models.description import describe, usable
+    from stages.tokenization import ByteView
 
     suite = job.spec["suite"]
     tokenizer = AutoTokenizer.from_pretrained(job.inputs["tokenizer"]["path"].parent)
-    # Not len(tokenizer), which counts tokens: ids may have holes.
-    ids = max(tokenizer.get_vocab().values()) + 1
-    described = describe(model, job.spec["model"]["name"], ids, job.inputs["tokenizer"]["path"].parent.name)
+    name = job.spec["model"]["name"]
+    view = usable(ByteView.load(job.inputs["tokenizer"]["path"].parent), model, name)
+    described = describe(model, name, view.vocab_size, view.name)
     described.cut_padding()
     built = [harness.built_task(task["path"].parent, task["spec"]["name"]) for task in job.inputs.get("tasks", [])]
     tasks = [*(suite.get("tasks") or []), *built]
-    results = harness.run_tasks(model, tokenizer, tasks, manager, suite, job.spec["seed"])
-    samples = pa.Table.from_pylist(harness.sample_rows(results), schema=TASK_SAMPLES)
-    write_table(draft.folder / "samples.parquet", samples, job.identity)
-    draft.describe["samples.parquet"] = {"rows": samples.num_rows}
-    return harness.result_rows(results), {"suite": "lm_eval", "model": described.parameters}
+    found = harness.run_tasks(described, tokenizer, tasks, manager, suite, job.spec["seed"])
+    write_table(draft.folder / "samples.parquet", pa.Table.from_pylist(found.samples, TASK_SAMPLES), job.identity)
+    draft.describe["samples.parquet"] = {"rows": len(found.samples)}
+    notes = [{"task": task, "note": text} for task, text in found.notes]
+    return found.results, {"suite": "lm_eval", "model": described.parameters, "notes": notes}
 
 
 if __name__ == "__main__":

@@ -66,13 +66,14 @@ def open_teacher(job: stage.Job, view: "ByteView", prompts: "list[Prompt]", enco
     """
     import torch
 
-    from stages.models.description import describe
+    from stages.models.description import describe, usable
     from stages.models.loading import load_model, teacher_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, answer = job.spec["model"]["name"], job.spec["sampling"]["max_new_tokens"]
     model = load_model(job.spec["model"], job.inputs.get("model"), teacher_dtype(job.spec["dtype"], device))
     model = model.to(device).eval().requires_grad_(False)
+    view = usable(view, model, name)
     teacher = describe(model, name, view.vocab_size, view.name)
     teacher.cut_padding()
     limit = teacher.positions
@@ -161,8 +162,7 @@ def generate_rows(
     rows, stopping = [], stopping_ids(view, endings)
     for place, ids in zip(batch.tolist(), found.tolist(), strict=True):
         stop = next((k + 1 for k, i in enumerate(ids) if i in stopping), len(ids))
-        text, reason = answer_of(view, ids[:stop], endings, encoded.prefixed[place])
-        text = encoded.opened[place] + text if text else text
+        text, reason = answer_of(view, ids[:stop], endings, encoded.leads[place])
         kept = bool(text) and (reason == "stop" or not job.spec["drop_truncated"])
         prompt = prompts[place]
         rows.append(

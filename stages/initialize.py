@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     from stages.artifacts.tables import write_table
     from stages.embeddings import replacement
     from stages.models.configuration import set_special_ids
-    from stages.models.description import describe
+    from stages.models.description import describe, usable
     from stages.models.export import copy_tokenizer, save_model
     from stages.models.loading import load_model
     from stages.tokenization import ByteView
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     source = ByteView.load(job.inputs.get("source_tokenizer", job.inputs["tokenizer"])["path"].parent)
     with job.publish() as draft:
         model = load_model(job.spec["model"], job.inputs.get("model"))
+        source = usable(source, model, job.spec["model"]["name"])
         rows = source.vocab_size
         described = describe(model, job.spec["model"]["name"], rows, source.name)
         plan = make_plan(method, target, source, rows)

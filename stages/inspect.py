@@ -14,6 +14,8 @@ from stages.core import stage
 from stages.core.artifact import data_path, read_manifest
 from stages.core.errors import UserError
 
+SAMPLED = (".parquet", ".safetensors", ".jsonl")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Print a manifest, a folder with one, one data file, or the list of artifacts below a folder."""
@@ -29,11 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     manifest = read_manifest(manifest_path) if manifest_path else None
     if manifest:
         print(describe(manifest))
-    for name, target in [(file.name, file)] if file else files(manifest):
+    for name, target, owner in [(file.name, file, manifest)] if file else files(manifest):
         from stages.inspection.samples import sample
 
         print(f"\n{name}")
-        print(sample(target, manifest) if isinstance(target, Path) else f"  {target}")
+        print(sample(target, owner) if isinstance(target, Path) else f"  {target}")
 
 
 def overview(folder: Path) -> str:
@@ -81,21 +83,23 @@ def describe(manifest: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def files(manifest: dict[str, Any]) -> list[tuple[str, Path | str]]:
-    """Return (name, path) of the data files worth a sample, or the sentence on what is wrong with one."""
-    found: list[tuple[str, Path | str]] = []
+def files(manifest: dict[str, Any]) -> list[tuple[str, Path | str, dict[str, Any]]]:
+    """Return (name, path, manifest) of the data files worth a sample; for a damaged one, the sentence that says so.
+
+    An index has nothing to show but its shards: the first of them is shown.
+    """
+    from stages.inspection.origin import open_input
+
+    found: list[tuple[str, Path | str, dict[str, Any]]] = []
     for name in manifest["data"]:
         try:
             path: Path | str = data_path(manifest, name)
         except UserError as error:
             path = str(error)
-        if (
-            not isinstance(path, Path)
-            or path.suffix in (".parquet", ".safetensors", ".jsonl")
-            or name == "results.json"
-        ):
-            found.append((name, path))
-    return found
+        if not isinstance(path, Path) or path.suffix in SAMPLED or name == "results.json":
+            found.append((name, path, manifest))
+    shard = open_input(manifest, "shards")
+    return found + (files(shard) if shard else [])
 
 
 def indented(value: dict[str, Any]) -> str:

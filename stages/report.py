@@ -12,12 +12,13 @@ def main(argv: list[str] | None = None) -> None:
     job = stage.parse("stages.report", __doc__, argv)
     import jinja2
 
+    from stages.summary import headline
     from stages.summary.page import context
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.globals["number"] = number
+    environment.globals |= {"number": number, "short": headline.number}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(context(job))
     with job.publish() as draft:
         (draft.folder / "report.html").write_text(page, encoding="utf-8")

@@ -29,38 +29,37 @@ def main(argv: list[str] | None = None) -> None:
         ):
             write_table(draft.folder / f"{name}.parquet", pa.Table.from_pylist(values, schema=schema), job.identity)
             draft.describe[f"{name}.parquet"] = {"rows": len(values)}
-        for name, text in draw(job, rows).items():
+        for name, (kind, text) in draw(job, rows).items():
             (draft.folder / f"{name}.svg").write_text(text, encoding="utf-8")
+            draft.describe[f"{name}.svg"] = {"figure": kind}
         draft.metrics["comparisons"] = dict(sorted(Counter(row["verdict"] for row in comparisons).items()))
 
 
-def draw(job: stage.Job, rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return name -> SVG of every figure that there is data for."""
+def draw(job: stage.Job, rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Return name -> (what it shows, SVG) of every figure that there is data for."""
     from stages.summary import figures
 
     drawn = {}
-    bits = [row for row in rows if row["metric"] == "bits_per_byte"]
+    bits = [row for row in rows if row["suite_kind"] == "bits_per_byte" and row["value"] is not None]
     for suite in dict.fromkeys(row["suite"] for row in bits):
         part = [row for row in bits if row["suite"] == suite]
         tried = [row for row in part if row["seed"] is not None]
         baselines = [row for row in part if row["seed"] is None]
         if tried:
-            drawn[f"{suite}-bars"] = figures.bits_per_byte_bars(tried, baselines)
-        points = compute_points(job, part, suite)
-        if points:
-            drawn[f"{suite}-compute"] = figures.compute_scatter(points)
+            drawn[f"{suite}-bars"] = "bars", figures.bits_per_byte_bars(tried, baselines)
+        drawn[f"{suite}-compute"] = "compute", figures.compute_scatter(compute_points(job, part, suite))
     curves = learning_curves(job)
     if curves:
-        drawn["learning-curves"] = figures.learning_curves(curves)
+        drawn["learning-curves"] = "learning-curves", figures.learning_curves(curves)
     pairs = tokenizer_pairs(job)
     if pairs:
-        overall = {name: rows[:2] for name, rows in pairs.items()}
-        drawn["fertility"] = figures.fertility_bars(overall)
-        drawn["fertility-by-class"] = figures.fertility_by_class({name: rows[2:] for name, rows in pairs.items()})
+        overall, by_class = ({name: rows[part] for name, rows in pairs.items()} for part in (slice(2), slice(2, None)))
+        drawn["fertility"] = "fertility", figures.fertility_bars(overall)
+        drawn["fertility-by-class"] = "fertility-by-class", figures.fertility_by_class(by_class)
     distances = mapping_distances(job)
     if distances:
-        drawn["mapping-distance"] = figures.distance_histogram(distances)
-    return {name: figures.svg(figure, name) for name, figure in drawn.items()}
+        drawn["mapping-distance"] = "mapping-distance", figures.distance_histogram(distances)
+    return {name: (kind, figures.svg(figure, name)) for name, (kind, figure) in drawn.items()}
 
 
 def compute_points(job: stage.Job, rows: list[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
@@ -84,7 +83,7 @@ def learning_curves(job: stage.Job) -> list[dict[str, Any]]:
     """Return {loss, label, steps, values} of each loss of each trained experiment."""
     from stages.summary.collect import labels_of
 
-    labels = labels_of(job.spec["experiments"])
+    labels, _ = labels_of(job.spec["experiments"])
     losses = {loss for entry in job.spec["experiments"] for loss in entry.get("losses") or []}
     curves = []
     for student in job.inputs.get("students", []):

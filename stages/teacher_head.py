@@ -8,7 +8,7 @@ def main(argv: list[str] | None = None) -> None:
     job = stage.parse("stages.teacher_head", __doc__, argv)
     import torch
 
-    from stages.models.description import describe
+    from stages.models.description import describe, usable
     from stages.models.loading import load_model, teacher_dtype
     from stages.signals.matrices import FILE, save_side
     from stages.tokenization import ByteView
@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     view = ByteView.load(job.inputs["tokenizer"]["path"].parent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(job.spec["model"], job.inputs.get("model"), teacher_dtype(job.spec["dtype"], device))
+    view = usable(view, model, job.spec["model"]["name"])
     side = describe(model, job.spec["model"]["name"], view.vocab_size, view.name).side
     with job.publish() as draft:
         draft.metrics.update(save_side(side, draft.folder / FILE))

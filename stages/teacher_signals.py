@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     from stages.artifacts.schemas import EXAMPLES
     from stages.artifacts.tables import read_table
     from stages.core.seeds import seed_of
-    from stages.models.description import describe
+    from stages.models.description import describe, usable
     from stages.models.loading import load_model, teacher_dtype
     from stages.signals.compute import wanted_signals
     from stages.tokenization import ByteView
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(job.spec["model"], job.inputs.get("model"), teacher_dtype(job.spec["dtype"], device))
     model = model.to(device).eval().requires_grad_(False)
+    view = usable(view, model, job.spec["model"]["name"])
     teacher = describe(model, job.spec["model"]["name"], view.vocab_size, view.name)
     if windows:
         teacher.check_length(*longest_example(windows, table))

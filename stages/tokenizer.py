@@ -14,7 +14,7 @@ HUB_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 def main(argv: list[str] | None = None) -> None:
     """Write tokenizer.json, tokenizer_config.json, chat_template.jinja, byte_view.json and tokens.parquet."""
     job = stage.parse("stages.tokenizer", __doc__, argv)
-    from stages.tokenization import sources
+    from stages.tokenization import ByteView, sources
     from stages.tokenization.spec import parse_spec
 
     with job.publish() as draft:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
             spec = parse_spec(job.spec["tokenizer"])
             prepared = sources.prepare(_folder(spec.name, job.spec.get("revision")), spec)
         sources.write(prepared, draft.folder)
-        view = sources.load(draft.folder)
+        view = ByteView.load(draft.folder)
         _write_tokens(view, draft.folder / "tokens.parquet", job.identity)
         draft.describe["tokens.parquet"] = {"rows": view.vocab_size}
         draft.metrics |= {

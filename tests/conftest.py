@@ -26,18 +26,26 @@ def pytest_addoption(parser):
 
 
 # Run together on one worker, first and in this order: they share a Slurm, or a finished run of the workflow.
-SHARING = ("tests/cluster", "tests/workflow")
+SHARING = ("tests/cluster/", "tests/workflow/")
+TABLES = ("tests/unit/test_families.py",)  # whose every row can run on a worker of its own
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Group tests for several workers: those of SHARING by folder, the others by file; a table's rows are free."""
-    for item in items:
-        place = item.path.relative_to(REPOSITORY).as_posix()
-        shared = next((folder for folder in SHARING if place.startswith(folder)), None)
-        if shared or not item.get_closest_marker("table"):
-            item.add_marker(pytest.mark.xdist_group(shared or place))
+    """Put the tests of SHARING first: they take longest."""
     items.sort(key=lambda item: next((n for n, folder in enumerate(SHARING) if folder in item.nodeid), len(SHARING)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give workers the tests of SHARING by folder, those of TABLES one by one and others by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            shared = next((folder for folder in SHARING if nodeid.startswith(folder)), None)
+            return shared or (nodeid if nodeid.startswith(TABLES) else nodeid.partition("::")[0])
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 import pyarrow as pa
 
-# `fields` is null, or the JSON of what else a message has, as its template reads it: tool_calls, tool_call_id, name;
-# "content": null where it had none. Its "reasoning_content" is the head of `text` too, in the form REASONING.
-SLOT = pa.struct([("role", pa.string()), ("text", pa.string()), ("loss", pa.bool_()), ("fields", pa.string())])
-REASONING = "<think>\n{}\n</think>\n\n"
+SLOT = pa.struct([("role", pa.string()), ("text", pa.string()), ("loss", pa.bool_()), ("extra", pa.string())])
 
 # One row per example, in corpus order. A plain text is one slot of role "text"; a chat has one slot per message,
-# with the roles system, user, assistant, tool. `loss` says whether the slot's tokens are trained on.
+# with the roles system, user, assistant. `loss` says whether the slot's tokens are trained on; `extra` holds the other
+# fields of a message (tool calls, say) as JSON, null for none. Reasoning in a field of its own, "reasoning_content", is
+# the head of `text` too, in this form.
+REASONING = "<think>\n{}\n</think>\n\n"
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),  # "<document_id>:<index within the document>"
@@ -130,13 +130,15 @@ SCORES = pa.schema(
     ]
 )
 
-# Scores of an lm-eval suite, one row per task, document and metric.
+# Scores of an lm-eval suite, one row per document, metric and filter of each task, and of each group that has one.
 TASK_SAMPLES = pa.schema(
     [
-        ("task", pa.string()),
+        ("task", pa.string()),  # task or group
+        ("subtask", pa.string()),  # the task that the document is of: of a group, one of its tasks
         ("doc_id", pa.int64()),
         ("filter", pa.string()),
         ("metric", pa.string()),
-        ("value", pa.float64()),
+        ("value", pa.float64()),  # as the task gave it; null where it is no finite number
+        ("weight", pa.float64()),  # see stages.evaluation.aggregation
     ]
 )

@@ -105,19 +105,20 @@ def outdated(manifest_path: Path, spec: dict[str, Any], code: str, root: Path) -
         return fault
     manifest = read_manifest(manifest_path)
     if manifest["lineage"] != specs.lineage(specs.canonical(spec), code):
-        old = manifest["spec"]
-        same = {
-            "settings": old | {"inputs": None} == spec | {"inputs": None},
-            "inputs": old.get("inputs") == spec.get("inputs"),
-            "code": manifest["code"] == code,
-        }
-        return f"{manifest_path} was made of other {' and '.join(name for name in same if not same[name])}."
+        was, now = _made_of(manifest["spec"], manifest["code"]), _made_of(spec, code)
+        differing = [name for name in now if was[name] != now[name]] or ["identity"]
+        return f"{manifest_path} was made of other {' and '.join(differing)}."
     for value in manifest["inputs"].values():
         for entry in value if isinstance(value, list) else [value]:
             upstream = root / entry["path"]
             if upstream.is_file() and file_digest(upstream) != entry["sha256"]:
                 return f"{manifest_path} was made of {entry['path']} before that was built again."
     return None
+
+
+def _made_of(spec: dict[str, Any], code: str) -> dict[str, str]:
+    settings = {key: value for key, value in spec.items() if key != "inputs"}
+    return {"settings": specs.canonical(settings), "inputs": specs.canonical(spec.get("inputs")), "code": code}
 
 
 def is_finished(manifest_path: Path, spec: dict[str, Any], code: str, root: Path) -> bool:

@@ -1,9 +1,17 @@
 """Cut documents into examples of at most `max_bytes` UTF-8 bytes: text once, here, and nowhere else."""
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-# role, text, loss, and the JSON of the message's other fields where it has some
-Turn = tuple[str, str, bool] | tuple[str, str, bool, str]
+
+class Turn(NamedTuple):
+    """A message: role ("text" for plain text), its text, whether it is trained on, its other fields as JSON or ""."""
+
+    role: str
+    text: str
+    loss: bool = True
+    extra: str = ""
+
 
 _WHITESPACE = (b" ", b"\t", b"\n", b"\r", b"\f", b"\v")
 
@@ -40,7 +48,7 @@ def cut_turns(turns: list[Turn], max_bytes: int) -> list[list[Turn]]:
     """Cut a chat into examples of at most `max_bytes` bytes of content.
 
     Exchanges (what leads up to an answer, and the answer) stay together where they fit; a longer one is cut between
-    turns; a single turn that is longer becomes plain text (role "text", same loss, no other fields), cut like any text.
+    turns; a single turn that is longer becomes plain text (role "text", same loss), cut like any text.
     """
     examples: list[list[Turn]] = []
     for unit in _merged(_exchanges(turns), max_bytes):
@@ -51,8 +59,8 @@ def cut_turns(turns: list[Turn], max_bytes: int) -> list[list[Turn]]:
             if _size(part) <= max_bytes:
                 examples.append(part)
             else:
-                _, text, loss, *_ = part[0]
-                examples += [[("text", piece, loss)] for piece in cut_text(text, max_bytes)]
+                long = part[0]
+                examples += [[Turn("text", piece, long.loss)] for piece in cut_text(long.text, max_bytes)]
     return examples
 
 
@@ -60,7 +68,7 @@ def _exchanges(turns: list[Turn]) -> Iterator[list[Turn]]:
     """Yield runs of turns that end with the last of the answers to one question."""
     unit: list[Turn] = []
     for turn in turns:
-        if unit and unit[-1][0] == "assistant" and turn[0] != "assistant":
+        if unit and unit[-1].role == "assistant" and turn.role != "assistant":
             yield unit
             unit = []
         unit.append(turn)
@@ -81,4 +89,4 @@ def _merged(units: Iterable[list[Turn]], max_bytes: int) -> Iterator[list[Turn]]
 
 
 def _size(turns: list[Turn]) -> int:
-    return sum(len(turn[1].encode()) for turn in turns)
+    return sum(len(turn.text.encode()) for turn in turns)

@@ -2,15 +2,15 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.core.errors import UserError
-from stages.corpora.cutting import cut_text
-from stages.corpora.files import Row, json_rows, parquet_rows, text_of
-from stages.corpora.messages import OtherParts, Turn, turns_of
+from stages.corpora.cutting import Turn, cut_text
+from stages.corpora.files import Row, rows_of, text_of
+from stages.corpora.messages import NotText, turns_of
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,18 @@ class Document:
 
 
 def read_documents(spec: dict[str, Any], counts: Counter[str]) -> Iterator[Document]:
-    """Yield the documents that a corpus spec names, in a fixed order; `counts` gets what is read and left out.
+    """Yield the documents that a corpus spec names, in a fixed order.
 
-    A row is empty when it has no text: null, "" or no such column. One with parts that are no text is left out whole.
-    UserError names the file and the line, byte or column at fault.
+    `counts` gets "rows", "empty_rows", which have no text (null, "" or no such column), and "refused_rows", which hold
+    more than text. UserError names the file and the line, byte or
+    column at fault.
     """
     kind, column, messages = spec["kind"], spec.get("column"), spec.get("messages")
     columns = {name: name == messages for name in (messages, column) if name} or {"messages": True, "text": False}
     if kind == "python_docs":
         from stages.corpora.python_docs import python_documents
 
-        return (Document((("text", text),)) for text in python_documents())
+        return (Document((Turn("text", text),)) for text in python_documents())
     if kind == "hub":
         from stages.corpora.hub import hub_rows
 
@@ -41,10 +42,9 @@ def read_documents(spec: dict[str, Any], counts: Counter[str]) -> Iterator[Docum
     files = sorted(Path(path).expanduser() for path in spec["files"])
     if kind == "txt":
         return (document for path in files for document in _text_documents(path, spec["max_bytes"]))
-    read = {"jsonl": lambda stream, name: json_rows(stream, name)}
-    read["parquet"] = lambda stream, name: parquet_rows(stream, name, list(columns))
-    if kind in read:
-        return (d for path in files for d in _documents(_file_rows(path, read[kind]), columns, str(path), counts))
+    if kind in ("jsonl", "parquet"):
+        tables = ((str(path), _file_rows(path, kind, list(columns))) for path in files)
+        return (document for name, rows in tables for document in _documents(rows, columns, name, counts))
     raise UserError(f"Corpus kind {kind!r} is unknown; use hub, jsonl, parquet, txt, python_docs or subset.")
 
 
@@ -62,12 +62,12 @@ def _text_documents(path: Path, max_bytes: int) -> Iterator[Document]:
     with open(path, "rb") as stream:
         pieces = cut_text(text_of(stream, str(path)), max_bytes)
     for number, piece in enumerate(pieces):
-        yield Document((("text", piece),), number == 0, number == len(pieces) - 1)
+        yield Document((Turn("text", piece),), number == 0, number == len(pieces) - 1)
 
 
-def _file_rows(path: Path, read: Callable[..., Iterator[Row]]) -> Iterator[Row]:
+def _file_rows(path: Path, kind: str, columns: list[str]) -> Iterator[Row]:
     with open(path, "rb") as stream:
-        yield from read(stream, str(path))
+        yield from rows_of(kind, stream, str(path), columns)
 
 
 def _documents(rows: Iterable[Row], columns: dict[str, bool], where: str, counts: Counter[str]) -> Iterator[Document]:
@@ -79,8 +79,8 @@ def _documents(rows: Iterable[Row], columns: dict[str, bool], where: str, counts
         counts["rows"] += 1
         try:
             slots = _slots(row, columns, f"{where}, row {number}")
-        except OtherParts:
-            counts["rows_with_media"] += 1
+        except NotText:
+            counts["refused_rows"] += 1
             continue
         if slots:
             yield Document(slots)
@@ -99,10 +99,10 @@ def _slots(row: Row, columns: dict[str, bool], where: str) -> tuple[Turn, ...]:
         # What writers of tables call nothing: null, NaN, no turns.
         if value is None or value != value or value == []:
             continue
-        turns = turns_of(value, where) if is_chat else [("text", value)]
-        slots = tuple((role, *(_text(part, f"{where}, column {column}") for part in parts)) for role, *parts in turns)
-        if any(text for _, text, *_ in slots):
-            return slots
+        found = turns_of(value, where) if is_chat else [Turn("text", value)]
+        turns = tuple(turn._replace(text=_text(turn.text, f"{where}, column {column}")) for turn in found)
+        if any(turn.text or turn.extra for turn in turns):
+            return turns
     return ()
 
 

@@ -19,8 +19,8 @@ def example_rows(
     rows = []
     cut = list(examples)
     for number, turns in enumerate(cut):
-        if any(loss and (text or fields) for _, text, loss, *fields in turns):
-            slots = [dict(zip(("role", "text", "loss", "fields"), turn, strict=False)) for turn in turns]
+        if any(turn.loss and (turn.text or turn.extra) for turn in turns):
+            slots = [turn._asdict() | {"extra": turn.extra or None} for turn in turns]
             rows.append(
                 {
                     "example_id": f"{document_id}:{number}",
@@ -28,7 +28,7 @@ def example_rows(
                     "slots": slots,
                     "starts_document": starts and number == 0,
                     "ends_document": ends and number == len(cut) - 1,
-                    "bytes": sum(len(turn[1].encode()) for turn in turns),
+                    "bytes": sum(len(turn.text.encode()) for turn in turns),
                 }
             )
     return rows

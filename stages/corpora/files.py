@@ -46,6 +46,11 @@ _BETWEEN = re.compile(r"[\s,]*")
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
+def rows_of(kind: str, stream: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of an open file of a kind, jsonl or parquet; of other columns than `columns` nothing is needed."""
+    return parquet_rows(stream, name, columns) if kind == "parquet" else json_rows(stream, name)
+
+
 def text_of(stream: BinaryIO, name: str) -> str:
     """Return the text of a file, compressed or not. UserError says what it is when it is no text."""
     plain = _plain(stream, name)

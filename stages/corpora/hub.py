@@ -5,7 +5,7 @@ from itertools import islice
 from typing import Any
 
 from stages.core.errors import UserError, reason_of
-from stages.corpora.files import Row, json_rows, parquet_rows
+from stages.corpora.files import Row, rows_of
 
 
 def hub_rows(spec: dict[str, Any], columns: Sequence[str]) -> Iterator[Row]:
@@ -20,26 +20,22 @@ def hub_rows(spec: dict[str, Any], columns: Sequence[str]) -> Iterator[Row]:
 
 def _rows(spec: dict[str, Any], columns: Sequence[str]) -> Iterator[Row]:
     import datasets
+    import fsspec
 
     datasets.disable_progress_bars()
     path, split, streaming = spec["path"], spec.get("split") or "train", bool(spec.get("streaming"))
     where = {"name": spec.get("name"), "revision": spec.get("revision")}
     builder = datasets.load_dataset_builder(path, **where)
     files = (builder.config.data_files or {}).get(split)
-    if files and builder.name in ("json", "parquet"):
+    kind = {"json": "jsonl", "parquet": "parquet"}.get(builder.name)
+    if files and kind:
         for url in files if streaming else datasets.DownloadManager().download(list(files)):
-            yield from _file_rows(builder.name, url, columns)
+            with fsspec.open(url, "rb") as stream:
+                yield from rows_of(kind, stream, url, columns)
         return
     table = datasets.load_dataset(path, **where, split=split, streaming=streaming)
     present = [column for column in columns if column in (table.column_names or ())]
     yield from table.select_columns(present) if present else table
-
-
-def _file_rows(kind: str, url: str, columns: Sequence[str]) -> Iterator[Row]:
-    import fsspec
-
-    with fsspec.open(url, "rb") as stream:
-        yield from json_rows(stream, url) if kind == "json" else parquet_rows(stream, url, columns)
 
 
 def _guarded(spec: dict[str, Any], ask: Callable[[], Iterator[Row]]) -> Iterator[Row]:

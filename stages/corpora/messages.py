@@ -1,29 +1,27 @@
-"""Messages of a chat, as data sets write them, to turns of a document."""
+"""The messages of a chat, as data sets write them, to turns."""
 
 import json
 from typing import Any
 
 from stages.artifacts.schemas import REASONING
 from stages.core.errors import UserError
-
-# (role, text), and where the message has more than a role and a text the JSON of its other fields; see SLOT.
-Turn = tuple[str, ...]
+from stages.corpora.cutting import Turn
 
 # ShareGPT names its keys and roles otherwise.
-_ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # as transformers takes them, the first that is there
-_TEXT_PARTS = ("text", "input_text", "output_text")
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+# Fields in which data sets keep the reasoning before an answer, as transformers takes them: the first that is there.
+REASONS = ("reasoning_content", "thinking", "reasoning")
+READ = ("role", "from", "content", "value", *REASONS)
 
 
-class OtherParts(Exception):
-    """A message has parts that are no text, an image or a sound; no slot can hold them."""
+class NotText(Exception):
+    """A message has parts that are no text: an image, say."""
 
 
 def turns_of(messages: Any, where: str) -> list[Turn]:
-    """Return the turns of a chat.
+    """Return the turns of a chat; their texts are not checked. Reasoning given beside a text is the head of it too.
 
-    A text may come in parts. Reasoning given beside it stands at its head (REASONING). UserError names `where` when
-    this is no chat; OtherParts when a message has parts that are no text.
+    UserError, naming the place `where`, when it is no list of messages; NotText for parts that are no text.
     """
     if not isinstance(messages, list):
         raise UserError(f"{where}: messages are {type(messages).__name__}, expected a list of {{role, content}}.")
@@ -37,32 +35,37 @@ def _turn(message: Any, where: str) -> Turn:
     if not isinstance(role, str):
         raise UserError(f"{where}: the role of a message is {role!r}, expected a name such as user or assistant.")
     content = message.get("content", message.get("value"))
-    text = "" if content is None else _text(content)
-    known = {"role", "from", "content", "value", *_REASONING_KEYS}
-    # Readers of tables give a message every field that another message has.
-    fields = {key: value for key, value in message.items() if key not in known and value not in (None, "", [], {})}
-    if content is None and fields:
-        fields["content"] = None
-    reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), None)
-    if reasoning is not None and isinstance(text, str):
-        reasoning = _text(reasoning)
-        if not isinstance(reasoning, str):
-            raise UserError(f"{where}: the reasoning of a message is {type(reasoning).__name__}, expected text.")
-        text, fields = REASONING.format(reasoning) + text, {"reasoning_content": reasoning, **fields}
+    text = _joined(content) if isinstance(content, list) else "" if content is None else content
+    reasoning = next((message[key] for key in REASONS if message.get(key)), None)
+    if isinstance(reasoning, list):
+        reasoning = _joined(reasoning)
+    if not isinstance(reasoning, str | None):
+        raise UserError(f"{where}: the reasoning of a message is {type(reasoning).__name__}, expected text.")
+    # Tables have every field in every message, null where it has none.
+    extra = {key: value for key, value in message.items() if key not in READ and value not in (None, [], {}, "")}
+    if extra and content is None:
+        extra["content"] = None
+    if reasoning and isinstance(text, str):
+        text, extra = REASONING.format(reasoning) + text, {"reasoning_content": reasoning} | extra
+    # In their order: a template may write arguments as they come.
+    said = json.dumps(_without_nulls(extra), ensure_ascii=False, default=str) if extra else ""
     # A plain text is told from a chat by its role, so no turn may have that name.
-    name = _ROLE_NAMES.get(role, role) if role != "text" else "user"
-    return (name, text, json.dumps(fields, ensure_ascii=False, default=str)) if fields else (name, text)
+    return Turn(ROLE_NAMES.get(role, role) if role != "text" else "user", text, True, said)
 
 
-def _text(content: Any) -> Any:
-    """Return the text of a content; a content that is neither text nor parts as it is."""
-    if not isinstance(content, list):
-        return content
-    texts = [_part_text(part) if isinstance(part, dict) else part for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+def _joined(parts: list[Any]) -> str:
+    """Return the text of a content that is given in parts."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise NotText(str(kind))
+        texts.append(text)
+    return "".join(texts)
 
 
-def _part_text(part: dict[str, Any]) -> str:
-    if part.get("type") not in (None, *_TEXT_PARTS) or not isinstance(part.get("text"), str):
-        raise OtherParts
-    return part["text"]
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

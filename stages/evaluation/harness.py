@@ -1,15 +1,25 @@
-"""Tasks of the LM Evaluation Harness through its Python interface, and its results as plain rows."""
+"""Tasks of the LM Evaluation Harness through its Python interface: the one place where it is called."""
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import UserError
+from stages.evaluation.results import Table, table
+from stages.evaluation.watched import Warnings, heard, sentence, watch
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.models.description import Description
+
+# Functions of lm-eval whose warnings are no news: what the suite asked for, and what AskedModel says by task.
+TOLD = ("simple_evaluate", "_loglikelihood_tokens", "tok_batch_encode")
 
 
 def built_task(folder: Path, name: str) -> dict[str, Any]:
@@ -34,9 +44,10 @@ def task_manager(names: list[str], include_path: str | None) -> "TaskManager":
 
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"The task folder {include_path} does not exist: correct `include_path` of the suite.")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        manager = TaskManager(include_path=include_path, include_defaults=True)
+    with sentence(f"lm-eval cannot read the task files in {include_path}"):
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if any(name not in manager.all_tasks for name in names):
+            manager = TaskManager(include_path=include_path, include_defaults=True)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
@@ -49,79 +60,76 @@ def task_manager(names: list[str], include_path: str | None) -> "TaskManager":
 
 
 def run_tasks(
-    model: "PreTrainedModel",
+    described: "Description",
     tokenizer: "PreTrainedTokenizerBase",
     tasks: list[str | dict[str, Any]],
     manager: "TaskManager",
     suite: dict[str, Any],
     seed: int,
-) -> dict[str, Any]:
-    """Return what `lm_eval.simple_evaluate` does for a loaded model; UserError when a data set is not to be had."""
+) -> Table:
+    """Return what `lm_eval.simple_evaluate` finds for a loaded model as rows; its notes say what changed the numbers.
+
+    UserError, with task and document where they are known, for whatever fails in lm-eval, in a task or in its data.
+    """
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
+
+    from stages.evaluation.asked import AskedModel
 
     if suite.get("apply_chat_template") and not tokenizer.chat_template:
         raise UserError(
             "The suite asks for apply_chat_template but the tokenizer has no chat template: set it to false."
         )
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=suite.get("batch_size") or 16)
-    try:
-        return lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=tasks,
-            task_manager=manager,
-            num_fewshot=suite.get("num_fewshot"),
-            limit=suite.get("limit"),
-            apply_chat_template=bool(suite.get("apply_chat_template")),
-            log_samples=True,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    except (ConnectionError, FileNotFoundError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"lm-eval cannot load the data of {', '.join(map(_task_name, tasks))}: {first}") from None
-
-
-def result_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the metrics as rows {task, metric, filter, value, stderr, n, num_fewshot, version, higher_is_better}."""
-    rows = []
-    for task, values in sorted(results["results"].items()):
-        for key, value in sorted(values.items()):
-            metric, _, kind = key.partition(",")
-            if metric.endswith("_stderr") or not isinstance(value, int | float) or not kind:
-                continue
-            stderr = values.get(f"{metric}_stderr,{kind}")
-            samples = results.get("n-samples", {}).get(task, {})
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric,
-                    "filter": kind,
-                    "value": float(value),
-                    "stderr": float(stderr) if isinstance(stderr, int | float) else None,
-                    "n": samples.get("effective"),
-                    "num_fewshot": results.get("n-shot", {}).get(task),
-                    "version": results.get("versions", {}).get(task),
-                    "higher_is_better": results.get("higher_is_better", {}).get(task, {}).get(metric, True),
-                }
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm-eval forks this process once a core for standard errors
+    with heard() as warnings:
+        asked = AskedModel(described, tokenizer, suite.get("batch_size") or 16)
+        named = _load(tasks, manager, warnings)
+        with sentence("The suite's tasks do not go together", warnings):
+            loaded = manager.load(named)
+        notes = [watch(name, task) for name, task in loaded["tasks"].items()]
+        warnings.clear()
+        with sentence(f"lm-eval failed in {', '.join(map(_task_name, tasks))}", warnings):
+            results = lm_eval.simple_evaluate(
+                model=asked,
+                tasks=named,
+                task_manager=manager,
+                num_fewshot=suite.get("num_fewshot"),
+                limit=suite.get("limit"),
+                apply_chat_template=bool(suite.get("apply_chat_template")),
+                fewshot_as_multiturn=suite.get("fewshot_as_multiturn", True),
+                log_samples=True,
+                bootstrap_iters=1000,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
             )
-    return rows
+    failed = [note for part in notes for note in part]  # before the table asks for aggregations of its own
+    made = table(results, loaded)
+    made.notes += failed
+    made.notes += [(task, f"{count} {text}") for (task, text), count in sorted(asked.notes.items())]
+    made.notes += [("", text) for text in warnings.lines(without=TOLD)]
+    wanted = suite.get("num_fewshot")
+    for row in made.results:
+        if wanted is not None and row["num_fewshot"] not in (None, wanted):
+            given = f"is asked with {row['num_fewshot']} examples, as its file says, and not with {wanted}"
+            made.notes.append((row["task"], given))
+    made.notes = list(dict.fromkeys(made.notes))
+    return made
 
 
-def sample_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row {task, doc_id, filter, metric, value} per document and numeric metric."""
-    rows = []
-    for task, samples in sorted(results.get("samples", {}).items()):
-        for sample in samples:
-            for metric in sample.get("metrics", []):
-                value = sample.get(metric)
-                if isinstance(value, bool | int | float):
-                    place = {"task": task, "doc_id": int(sample["doc_id"]), "filter": sample.get("filter", "none")}
-                    rows.append(place | {"metric": metric, "value": float(value)})
-    return sorted(rows, key=lambda row: (row["task"], row["filter"], row["metric"], row["doc_id"]))
+def _load(tasks: list[str | dict[str, Any]], manager: "TaskManager", warnings: Warnings) -> "list[Task | Group]":
+    """Return the task or group that each entry names, and all tasks of a tag."""
+    found: dict[str, Any] = {}
+    for spec in tasks:
+        name = _task_name(spec)
+        if name in found and isinstance(spec, dict):
+            raise UserError(f"The suite names two tasks {name!r}, one of them built: rename it in evaluation.tasks.")
+        with sentence(f"lm-eval cannot load task {name!r} or its data", warnings):
+            part = manager.load([spec])
+        inside = {child for group in part["groups"].values() for child in group.child_names}
+        top = part["groups"] | part["tasks"]
+        found |= {each: item for each, item in top.items() if each not in inside and each not in found}
+    return list(found.values())
 
 
 def _task_name(task: str | dict[str, Any]) -> str:

@@ -13,20 +13,19 @@ LINES = 40  # of a history that are shown
 def find_manifest(path: Path) -> tuple[Path | None, Path | None]:
     """Return (manifest, file): the manifest that `path` is or belongs to, and the data file when it names one.
 
-    The manifest is None for a file that none lists. UserError when there is nothing at `path`, or a folder without
-    artifacts.
+    The manifest is None for a file that none lists; both are None for a folder of several artifacts. UserError when
+    there is nothing at `path`, or a folder without artifacts.
     """
     if not path.exists():
         near = next((parent for parent in path.parents if parent.exists()), Path("."))
         inside = ", ".join(sorted(item.name for item in near.iterdir() if not item.name.startswith("."))[:8])
         raise UserError(f"{path} does not exist; {near} holds {inside or 'nothing'}.")
     if path.is_dir():
-        found = sorted(path.glob("*manifest.json"))
-        if found:
-            return (path / "manifest.json" if path / "manifest.json" in found else found[0]), None
-        below = sorted(path.glob("**/*manifest.json"))
+        if (path / "manifest.json").is_file():
+            return path / "manifest.json", None
+        below = list(path.glob("**/*manifest.json"))
         if below:
-            return None, None
+            return below[0] if len(below) == 1 else None, None
         raise UserError(f"{path} holds no manifest: give a manifest, a folder with one, or a data file.")
     if path.name.endswith("manifest.json"):
         return path, None

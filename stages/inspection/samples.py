@@ -137,7 +137,7 @@ def provenance(path: Path, manifest: dict[str, Any] | None) -> str:
 
 def scores(path: Path, manifest: dict[str, Any] | None) -> str:
     """Bits per byte over all examples, and the easiest and hardest of them."""
-    rows = pq.read_table(path).to_pylist()
+    rows = [row for row in pq.read_table(path).to_pylist() if row["bits"] is not None]
     rows.sort(key=lambda row: row["bits"] / max(row["bytes"], 1))
     total = sum(row["bits"] for row in rows) / max(1, sum(row["bytes"] for row in rows))
     lines = [

@@ -10,6 +10,7 @@ teacher's vocabulary that is matched, and 1 - m, unless `gold_matched_weight` an
 - `temperature` holds for both sides; TRL has one for each. Its default there is 1 as well.
 - Chunks are those of the byte-exact alignment, and the loss is their mean over the optimizer step; TRL's is the mean of
   the examples' means.
+- TRL takes no probability to be below 1e-8, which ends the gradient of a long chunk; here there is no floor.
 - TRL matches tokens by their spelling in the vocabulary, where `Ġa` and `▁a` differ; here their bytes decide.
 - The teacher is known by its k likeliest tokens. What neither side lists counts as one more matched token in the
   hybrid and as in `losses.uld` otherwise; an unmatched token that is not listed counts as 0. With k the whole

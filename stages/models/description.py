@@ -7,7 +7,7 @@ and the attention kernel that the job runs with, and trying it takes a few passe
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from stages.models import configuration, probes
 from stages.models.body import body_of
 from stages.models.output import find_head
 from stages.vocabulary.head import Head, Side
+
+if TYPE_CHECKING:
+    from stages.tokenization import ByteView
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -163,7 +166,11 @@ def describe(model: PreTrainedModel, name: str, vocab: int, tokenizer: str) -> D
     UserError when it has fewer rows than ids, when it is not causal, or when its logits are no linear layer of its
     last hidden states with a factor and a soft cap.
     """
-    check_rows(model, name, vocab, tokenizer)
+    if rows_of(model) < vocab:
+        raise UserError(
+            f"Model {name!r} has {rows_of(model)} embedding rows but tokenizer {tokenizer!r} has {vocab} ids: "
+            "give the model the tokenizer it was trained with, or initialize it for this one."
+        )
     found = Description(model, name, vocab)
     LOG.info(
         "Model %r (%s): %d parameters, %d rows for %d ids, %s output layer, %s.", *found._who,
@@ -187,14 +194,13 @@ def is_tied(model: PreTrainedModel) -> bool:
     return output is not None and getattr(inputs, "weight", None) is output.weight
 
 
-def check_rows(model: PreTrainedModel, name: str, tokens: int, tokenizer: str) -> None:
-    """Refuse a model with fewer embedding or output rows than its tokenizer has ids; rows beyond them are padding."""
-    layers = {"embedding": model.get_input_embeddings(), "output": model.get_output_embeddings()}
-    for what, layer in layers.items():
-        weight = getattr(layer, "weight", None)
-        rows = tokens if weight is None else weight.shape[0]
-        if rows < tokens:
-            raise UserError(
-                f"Model {name!r} has {rows} {what} rows but tokenizer {tokenizer!r} has {tokens} ids: "
-                "give the model the tokenizer it was trained with, or initialize it for this one."
-            )
+def rows_of(model: PreTrainedModel) -> int:
+    """Return how many ids a model has embeddings and logits for."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [weight for layer in layers if (weight := getattr(layer, "weight", None)) is not None]
+    return min(weight.shape[0] for weight in weights)
+
+
+def usable(view: "ByteView", model: PreTrainedModel, name: str) -> "ByteView":
+    """Return a tokenizer without the ids that `model` has no row for; UserError when text or template need one."""
+    return view.limited(rows_of(model), name)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from stages.core.errors import UserError
@@ -32,8 +33,9 @@ def expand(config: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
             if len(given) != 1:
                 raise UserError(f"Config: `{where}` needs exactly one of `{alternatives[0]}` and `{alternatives[1]}`.")
             full[section][name] = validate(entry, schema, prefix[given[0]], where)
+    groups = seed_groups(full["experiments"])
     full["experiments"] = {
-        name: validate(entry, schema, "experiment", f"experiments.{name}")
+        name: validate(entry, schema, "experiment", f"experiments.{name}") | {"group": groups.get(name)}
         for name, entry in expand_matrices(full["experiments"]).items()
     }
     suites = full["evaluation"].get("suites", {})
@@ -60,12 +62,9 @@ def expand_matrices(experiments: dict[str, dict]) -> dict[str, dict]:
     """
     expanded: dict[str, dict] = {}
     for name, entry in experiments.items():
-        axes = entry.get("matrix", {})
-        if not isinstance(axes, dict):
-            raise UserError(f"Config: `experiments.{name}.matrix` must be a mapping from axes to their values.")
         base = {key: value for key, value in entry.items() if key != "matrix"}
-        for choice in itertools.product(*(_axis(name, axis, values) for axis, values in axes.items())):
-            label = "-".join([name, *(part for part, _ in choice)])
+        for choice in itertools.product(*_axes(name, entry)):
+            label = _joined(name, choice)
             settings = base
             for _, overrides in choice:
                 settings = merged(settings, overrides)
@@ -77,6 +76,41 @@ def expand_matrices(experiments: dict[str, dict]) -> dict[str, dict]:
                 )
             expanded[label] = settings
     return expanded
+
+
+def seed_groups(experiments: dict[str, dict]) -> dict[str, str]:
+    """Return name -> name without its seed, of the experiments of a matrix that differ from others in their seeds only.
+
+    {"seed": [1, 2]} under "alm" gives alm-seed1 and alm-seed2 of the group alm.
+    """
+    groups: dict[str, str] = {}
+    for name, entry in experiments.items():
+        axes = _axes(name, entry)
+        seeds = [all(set(overrides) == {"seed"} for _, overrides in axis) for axis in axes]
+        made = {}
+        for choice in itertools.product(*axes) if any(seeds) else ():
+            others = [part for part, is_seed in zip(choice, seeds, strict=True) if not is_seed]
+            made[_joined(name, choice)] = _joined(name, others)
+        both = set(made.values()) & set(groups.values())
+        if both:
+            raise UserError(
+                f"Config: two matrices make experiments called `{both.pop()}` but for their seeds; rename "
+                f"`experiments.{name}`."
+            )
+        groups |= made
+    return groups
+
+
+def _joined(name: str, choice: Iterable[tuple[str, dict]]) -> str:
+    return "-".join([name, *(part for part, _ in choice)])
+
+
+def _axes(name: str, entry: dict) -> list[list[tuple[str, dict]]]:
+    """Return (label, settings) of every choice of every axis of a matrix."""
+    axes = entry.get("matrix", {})
+    if not isinstance(axes, dict):
+        raise UserError(f"Config: `experiments.{name}.matrix` must be a mapping from axes to their values.")
+    return [_axis(name, axis, values) for axis, values in axes.items()]
 
 
 def _axis(name: str, axis: str, values: Any) -> list[tuple[str, dict]]:

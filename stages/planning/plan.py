@@ -105,8 +105,8 @@ class _Planner:
         if not sampling["do_sample"]:
             sampling = {key: sampling[key] for key in ("do_sample", "max_new_tokens")}
         spec = {"model": model, "sampling": sampling, "dtype": self.config["signals"]["dtype"]}
-        settings = ("prompt_bytes", "enable_thinking", "drop_truncated", "batch_tokens", "max_bytes")
-        spec |= {key: entry[key] for key in settings}
+        spec |= {key: entry[key] for key in ("prompt_bytes", "drop_truncated", "batch_tokens", "max_bytes")}
+        spec |= {"enable_thinking": entry["enable_thinking"]} if entry["enable_thinking"] is not None else {}
         if sampling["do_sample"]:
             spec["seed"] = entry["seed"]
         tokenizer = self.tokenizer(self.config["models"][entry["teacher"]]["tokenizer"])
@@ -302,9 +302,9 @@ class _Planner:
         def of(stage: str) -> list[str]:
             return [manifest for manifest, node in self.nodes.items() if node.stage == stage]
 
+        kept = ("label", "story", "student", "teacher", "tokenizer", "losses", "seed", "group")
         experiments = [
-            {"name": name, "control": self.control(name)}
-            | {key: entry[key] for key in ("label", "story", "student", "teacher", "tokenizer", "losses", "seed")}
+            {"name": name, "control": self.control(name)} | {key: entry[key] for key in kept}
             for name, entry in self.config["experiments"].items()
         ]
         inputs = {

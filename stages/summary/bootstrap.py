@@ -1,5 +1,6 @@
 """Paired bootstrap over documents (and seeds): is a difference between two models more than noise?"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,30 +32,45 @@ def named_generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng(seed_of(seed, name))
 
 
-def ratio(
-    values: np.ndarray, sizes: np.ndarray, generator: np.random.Generator, resamples: int = RESAMPLES
-) -> Interval:
-    """Return the interval of (sum of values) / (sum of sizes), both [seeds, documents], over both axes.
+Sums = tuple[np.ndarray, np.ndarray]  # values and weights, each [seeds, documents]
 
-    Documents are drawn with replacement, the same for every seed, and seeds likewise where there are several. For a
-    difference of two models give the difference of their bits per document as `values`: it is paired by document.
+
+def difference(
+    a: Sums,
+    b: Sums,
+    formula: Callable[[np.ndarray], np.ndarray],
+    generator: np.random.Generator,
+    resamples: int = RESAMPLES,
+) -> Interval | None:
+    """Return the interval of formula(mean of a) - formula(mean of b), paired by document and by seed.
+
+    A mean is the sum of values / the sum of weights. Documents are drawn with replacement, the same for a, b and every
+    seed, and seeds likewise where there are several. None where that gives no finite numbers.
     """
-    seeds, documents = values.shape
+    seeds, documents = a[0].shape
     estimates = np.empty(resamples)
     step = max(1, BLOCK // max(1, documents * seeds))
-    for start in range(0, resamples, step):
-        count = min(step, resamples - start)
-        chosen = generator.integers(documents, size=(count, documents))
-        top, bottom = values[:, chosen].sum(2), sizes[:, chosen].sum(2)  # [seeds, count]
-        if seeds > 1:
-            drawn = generator.integers(seeds, size=(seeds, count))
-            top, bottom = np.take_along_axis(top, drawn, 0), np.take_along_axis(bottom, drawn, 0)
-        estimates[start : start + count] = top.sum(0) / bottom.sum(0)
+
+    def statistic(chosen: np.ndarray | slice) -> np.ndarray:
+        means = [values[:, chosen].sum(-1) / weights[:, chosen].sum(-1) for values, weights in (a, b)]
+        return formula(means[0]) - formula(means[1])
+
+    with np.errstate(all="ignore"):
+        for start in range(0, resamples, step):
+            count = min(step, resamples - start)
+            chosen = generator.integers(documents, size=(count, documents))
+            drawn = statistic(chosen)
+            if seeds > 1:
+                drawn = np.take_along_axis(drawn, generator.integers(seeds, size=(seeds, count)), 0)
+            estimates[start : start + count] = drawn.mean(0)
+        value = float(statistic(slice(None)).mean())
+    if not np.isfinite(estimates).all():
+        return None
     low, high = np.quantile(estimates, _tails(documents))
     rarer = min(np.count_nonzero(estimates <= 0), np.count_nonzero(estimates >= 0))
     # However alike few documents are, signs alone cannot say more than this (sign test).
     p = max(2 * (1 + rarer) / (1 + resamples), 2.0 ** (1 - documents))
-    return Interval(float(values.sum() / sizes.sum()), float(low), float(high), float(min(1.0, p)))
+    return Interval(value, float(low), float(high), float(min(1.0, p)))
 
 
 def _tails(units: int) -> tuple[float, float]:

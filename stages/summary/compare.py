@@ -1,89 +1,112 @@
 """Paired comparisons of evaluated models, per task and metric, over seeds where there are several."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from stages.evaluation.aggregation import FORMULAS
 from stages.summary import bootstrap
-from stages.summary.collect import paired_samples, pairs, place_of, results_of, without_seed
+from stages.summary.collect import Measured, labels_of, measure_of, measured, pairs, place_of, results_of
+
+NO_PAIRS = "no paired comparison"
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is compared: one model or experiment, or the group of experiments that differ in their seeds only."""
+
+    name: str
+    is_group: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides and the pairs of names that make them, one for each seed."""
+
+    kind: str
+    a: Side
+    b: Side
+    members: list[tuple[str, str]]
+    within_seeds: bool  # one of a group that has a comparison of its own
 
 
 def compare_all(
     evaluations: list[dict[str, Any]], experiments: list[dict[str, Any]], asked: list[list[str]], seed: int
 ) -> list[dict[str, Any]]:
     """Return the rows of COMPARISONS. Pairs that differ in their seeds only become one row more, over all seeds."""
-    by_place = {place_of(evaluation): evaluation for evaluation in evaluations}
-    samples = {place: paired_samples(evaluation) for place, evaluation in by_place.items()}
-    higher = {
-        (suite, result["task"], result["metric"]): bool(result.get("higher_is_better", True))
-        for (_, suite), evaluation in by_place.items()
-        for result in results_of(evaluation)["results"]
-    }
-    stories = {entry["name"]: entry.get("story") or "" for entry in experiments}
-    wanted = pairs(experiments, asked, {name for name, _ in by_place})
-    groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
-    for a, b, kind in wanted:
-        groups.setdefault((a, b, kind), []).append((a, b))
-        groups.setdefault((without_seed(a), without_seed(b), kind), []).append((a, b))
+    found = {place_of(evaluation): measured(evaluation) for evaluation in evaluations}
+    suites = {place_of(evaluation)[1]: results_of(evaluation)["suite"] for evaluation in evaluations}
+    entries = {entry["name"]: entry for entry in experiments}
+    labels, group_labels = labels_of(experiments)
     rows = []
-    for (a, b, kind), members in groups.items():
-        members = list(dict.fromkeys(members))
-        if (a, b) not in members and len(members) < 2:
-            continue
-        for suite in sorted({suite for name, suite in by_place if name == members[0][0]}):
-            for (task, metric), interval, values, units in _compare(members, suite, samples, seed):
-                up = higher.get((suite, task, metric))
-                if up is None:
-                    continue
-                better = "" if interval.verdict == "within noise" else "a" if (interval.value > 0) == up else "b"
-                rows.append(
-                    {
-                        "a": a,
-                        "b": b,
-                        "kind": kind,
-                        "story": stories.get(members[0][0], ""),
-                        "suite": suite,
-                        "task": task,
-                        "metric": metric,
-                        "value_a": values[0],
-                        "value_b": values[1],
-                        "difference": interval.value,
-                        "low": interval.low,
-                        "high": interval.high,
-                        "p": interval.p,
-                        "n": units,
-                        "seeds": len(members),
-                        "better": better,
-                        "verdict": interval.verdict,
-                    }
-                )
+    for comparison in comparisons(pairs(experiments, asked, {name for name, _ in found}), entries):
+        members = comparison.members
+        facts = {"kind": comparison.kind, "seeds": len(members)}
+        for column, side in (("a", comparison.a), ("b", comparison.b)):
+            called = group_labels if side.is_group else labels
+            facts |= {column: side.name, f"label_{column}": called.get(side.name, side.name)}
+        facts |= {"story": entries.get(members[0][0], {}).get("story") or "", "within_seeds": comparison.within_seeds}
+        for suite, kind in sorted(suites.items()):
+            sides = [[found.get((name, suite), {}) for name in pair] for pair in members]
+            for key, first in sides[0][0].items():
+                if all(key in side for pair in sides for side in pair):
+                    generator = bootstrap.named_generator(seed, f"compare {members} {suite} {' '.join(key)}")
+                    values = compare([(a[key], b[key]) for a, b in sides], generator)
+                    rows.append(facts | measure_of(suite, kind, first.row) | values)
     return rows
 
 
-def _compare(members: list[tuple[str, str]], suite: str, samples: dict, seed: int) -> list[tuple]:
-    """Return ((task, metric), Interval of a - b, (value a, value b), units) of every metric both sides have."""
-    if any((name, suite) not in samples for pair in members for name in pair):
-        return []
+def comparisons(wanted: list[tuple[str, str, str]], entries: dict[str, dict[str, Any]]) -> list[Comparison]:
+    """Return every wanted (a, b, kind), each group of them that differ in their seeds only before its members."""
+
+    def side(name: str) -> Side:
+        group = entries.get(name, {}).get("group")
+        return Side(group or name, bool(group))
+
+    grouped: dict[tuple[Side, Side, str], list[tuple[str, str]]] = {}
+    for a, b, kind in wanted:
+        grouped.setdefault((side(a), side(b), kind), []).append((a, b))
     found = []
-    keys = set.intersection(*(set(samples[name, suite]) for pair in members for name in pair))
-    for task, metric in sorted(keys):
-        sides = [[samples[name, suite][task, metric] for name in pair] for pair in members]
-        shared = set.intersection(*(set(side[0]) for pair in sides for side in pair))
-        if not shared:
-            continue
-        a, b, sizes = (np.stack(part) for part in zip(*(_aligned(pair, shared) for pair in sides), strict=True))
-        name = f"compare {members} {suite} {task} {metric}"
-        interval = bootstrap.ratio(a - b, sizes, bootstrap.named_generator(seed, name))
-        values = float(a.sum() / sizes.sum()), float(b.sum() / sizes.sum())
-        found.append(((task, metric), interval, values, len(shared)))
+    for (first, second, kind), members in grouped.items():
+        several = len(members) > 1
+        if several:
+            found.append(Comparison(kind, first, second, members, within_seeds=False))
+        for a, b in members:
+            found.append(Comparison(kind, Side(a, False), Side(b, False), [(a, b)], within_seeds=several))
     return found
 
 
-def _aligned(pair: list[tuple], shared: set[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (values of a, values of b, sizes) over the units in `shared`, in the order of their names."""
-    columns = []
-    for names, values, sizes in pair:
-        place = {name: index for index, name in enumerate(names)}
-        order = [place[name] for name in sorted(shared)]
-        columns.append((values[order], sizes[order]))
-    return columns[0][0], columns[1][0], columns[0][1]
+def compare(couples: list[tuple[Measured, Measured]], generator: np.random.Generator) -> dict[str, Any]:
+    """Return the columns of COMPARISONS that say how one metric of a and b differs; one couple for each seed."""
+    sides = list(zip(*couples, strict=True))
+    known = all(one.row["value"] is not None for side in sides for one in side)
+    means = [float(np.mean([one.row["value"] for one in side])) if known else None for side in sides]
+    first = couples[0][0].row
+    row = {"value_a": means[0], "value_b": means[1], "difference": means[0] - means[1] if known else None}
+    row |= {"low": None, "high": None, "p": None, "n": first["n"], "better": ""}
+    reason = _reason(couples)
+    if reason is None:
+        a, b = ((np.stack([one.values for one in s]), np.stack([one.weights for one in s])) for s in sides)
+        interval = bootstrap.difference(a, b, FORMULAS[first["aggregation"]], generator)
+        if interval is None:
+            reason = "values too large to draw again"
+    if reason is not None:
+        return row | {"verdict": NO_PAIRS, "reason": reason}
+    up = {one.row["higher_is_better"] for side in sides for one in side}
+    if interval.verdict == "difference" and up in ({True}, {False}):
+        row["better"] = "a" if (interval.value > 0) == up.pop() else "b"
+    ends = {"low": interval.low, "high": interval.high, "p": interval.p, "n": len(couples[0][0].units)}
+    return row | ends | {"verdict": interval.verdict, "reason": ""}
+
+
+def _reason(couples: list[tuple[Measured, Measured]]) -> str | None:
+    """Return why documents cannot be compared in pairs, None where they can."""
+    everyone = [one for couple in couples for one in couple]
+    if any(one.row["value"] is None for one in everyone):
+        return "a value is missing"
+    if any(one.units is None for one in everyone) or len({one.row["aggregation"] for one in everyone}) > 1:
+        return "the metric is not made of the values of single documents"
+    if any(one.units != everyone[0].units for one in everyone):
+        return "not the same documents"
+    return None

@@ -1,6 +1,13 @@
 """The report's figures as SVG: the same bytes for the same data, readable on paper and on a dark screen."""
 
 import io
+import logging
+import math
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -9,12 +16,14 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's palette without black and yellow: distinguishable with colour blindness, legible on white and black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c6bb1", "#7f7f7f")
 INK = "#123456"  # replaced by the page's text colour
+LONGEST = 60  # characters of a name in a figure
 STYLE = {
+    "text.parse_math": False,  # names of users are text, whatever dollars and backslashes they hold
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "DejaVu Sans"],
@@ -39,21 +48,57 @@ STYLE = {
 }
 
 
+@contextmanager
+def drawing(**more: Any) -> Iterator[None]:
+    """Draw in STYLE, whatever this machine's matplotlib is set to.
+
+    Which glyphs its fonts lack is no news: text stays text in the SVG, and the reader's fonts draw it.
+    """
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
+    with warnings.catch_warnings(), plt.style.context(["default", STYLE | more]):
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        fonts.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            fonts.setLevel(level)
+
+
+def plain(name: str) -> str:
+    """Return a user's name on one line of at most LONGEST characters, its middle left out when it is longer."""
+    line = "".join(" " if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") else letter for letter in name)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[-(LONGEST // 2 - 1) :]}"
+
+
+def legend(figure: Figure, entries: dict[str, Any]) -> None:
+    """Draw a legend of {name: what was drawn} below a figure, in as many columns as its names leave room."""
+    names = [plain(name) for name in entries]
+    letters = figure.get_figwidth() * 72 / 6
+    columns = max(1, min(4, int(letters / (6 + max(map(len, names))))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
+    numbers = [str(number) for number in range(len(names))]
+    made = figure.legend(list(entries.values()), numbers, loc="outside lower center", ncols=columns, fontsize=8)
+    for text, name in zip(made.get_texts(), names, strict=True):
+        text.set_text(name)  # only now: matplotlib leaves out labels that begin with an underscore
+
+
 def svg(figure: Figure, name: str) -> str:
     """Return a figure as an SVG element. `name` keeps its ids apart from those of other figures on the page."""
     stream = io.StringIO()
-    with plt.rc_context(STYLE | {"svg.hashsalt": name}):
+    with drawing(**{"svg.hashsalt": name}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     plt.close(figure)
     text = stream.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    # Only within tags: between them stands text, which may be anything.
+    return re.sub(r"<[^>]*>", lambda tag: tag[0].replace(INK, "currentColor"), text[text.index("<svg") :])
 
 
 def bits_per_byte_bars(rows: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> Figure:
     """Bits per byte of the experiments of each story with 95 % intervals; baselines are dashed lines."""
     stories = list(dict.fromkeys(row["story"] for row in rows))
     heights = [max(1, sum(row["story"] == story for row in rows)) for story in stories]
-    with plt.rc_context(STYLE):
+    with drawing():
         height = 0.42 * sum(heights) + 0.75 * len(stories) + 0.4
         figure, axes = plt.subplots(
             len(stories),
@@ -67,17 +112,18 @@ def bits_per_byte_bars(rows: list[dict[str, Any]], baselines: list[dict[str, Any
         for axis, story in zip(axes[:, 0], stories, strict=True):
             part = [row for row in rows if row["story"] == story]
             _bars(axis, part)
-            axis.set_title(story or "experiments")
+            axis.set_title(plain(story) or "experiments")
+            lines = {}
             for number, row in enumerate(baselines):
                 style = {"color": COLOURS[-1 - number % 3], "linestyle": (0, (4, 2)), "linewidth": 1.2}
-                axis.axvline(row["value"], label=row["label"], **style)
+                lines[row["label"]] = axis.axvline(row["value"], **style)
         ends = [row["value"] + side * 1.959964 * (row["stderr"] or 0.0) for row in rows for side in (-1, 1)]
         ends += [row["value"] for row in baselines]
         margin = 0.06 * max(max(ends) - min(ends), 1e-3)
         axes[0, 0].set_xlim(max(0.0, min(ends) - margin), max(ends) + margin)
         axes[-1, 0].set_xlabel("bits per byte of held-out text (lower is better), 95 % interval over documents")
         if baselines:
-            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+            legend(figure, lines)
     return figure
 
 
@@ -89,34 +135,39 @@ def _bars(axis: Axes, rows: list[dict[str, Any]]) -> None:
         axis.annotate(
             f"{row['value']:.3f}", (row["value"], place), (0, 7), textcoords="offset points", ha="center", size=8
         )
-    axis.set_yticks(list(places), [row["label"] for row in rows])
+    axis.set_yticks(list(places), [plain(row["label"]) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.7)
 
 
 def compute_scatter(points: list[dict[str, Any]]) -> Figure:
     """Bits per byte against the cost of reading a byte; points {label, story, flops, value, stderr}."""
-    with plt.rc_context(STYLE):
+    with drawing():
         figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
         stories = list(dict.fromkeys(point["story"] for point in points))
+        drawn = {}
         for number, story in enumerate(stories):
             part = [point for point in points if point["story"] == story]
-            axis.errorbar(
+            drawn[story] = axis.errorbar(
                 [point["flops"] for point in part],
                 [point["value"] for point in part],
                 yerr=[1.959964 * (point["stderr"] or 0.0) for point in part],
                 fmt="osD^v"[number % 5],
                 color=COLOURS[number % len(COLOURS)],
                 capsize=3,
-                label=story or "models",
             )
         flops = [point["flops"] for point in points]
         if max(flops) > 3 * min(flops):
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(
+                lambda value, _: f"{value:.0e}".replace("e+0", "e")
+            )  # the default is a formula
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.35)
         _label_points(axis, points, height=240)
         axis.set_xlabel("forward FLOPs per byte of text")
         axis.set_ylabel("bits per byte")
-        axis.legend()
+        legend(figure, drawn)
     return figure
 
 
@@ -132,7 +183,7 @@ def _label_points(axis: Axes, points: list[dict[str, Any]], height: float) -> No
             natural = (point["value"] - bottom) / (top - bottom) * height
             place = max(natural, place + 11)
             axis.annotate(
-                point["label"],
+                plain(point["label"]),
                 (point["flops"], point["value"]),
                 (14, place - natural),
                 textcoords="offset points",
@@ -146,10 +197,11 @@ def learning_curves(curves: list[dict[str, Any]]) -> Figure:
     """One panel per loss, one line per experiment; curves {loss, label, steps, values}."""
     losses = list(dict.fromkeys(curve["loss"] for curve in curves))
     labels = list(dict.fromkeys(curve["label"] for curve in curves))
-    with plt.rc_context(STYLE):
+    with drawing():
         figure, axes = plt.subplots(
             1, len(losses), figsize=(max(5.0, 4.3 * len(losses)), 3.4), squeeze=False, layout="constrained"
         )
+        lines: dict[str, Any] = {}
         for axis, loss in zip(axes[0], losses, strict=True):
             for curve in (curve for curve in curves if curve["loss"] == loss):
                 number = labels.index(curve["label"])
@@ -157,17 +209,17 @@ def learning_curves(curves: list[dict[str, Any]]) -> Figure:
                     "color": COLOURS[number % len(COLOURS)],
                     "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
                 }
-                axis.plot(curve["steps"], curve["values"], label=curve["label"], **style)
+                (lines[curve["label"]],) = axis.plot(curve["steps"], curve["values"], **style)
             axis.set_title(loss)
             axis.set_xlabel("optimizer step")
-            axis.legend(fontsize=8)
         axes[0, 0].set_ylabel("loss")
+        legend(figure, lines)
     return figure
 
 
 def fertility_bars(pairs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Bytes per token of both sides of each tokenizer pair; {name: the two rows of schema FERTILITY for all text}."""
-    with plt.rc_context(STYLE):
+    with drawing():
         figure, axis = plt.subplots(figsize=(max(4.5, 1.6 * len(pairs) + 2), 2.6), layout="constrained")
         for number, side in enumerate(("teacher", "student")):
             rows = [row for part in pairs.values() for row in part if row["side"] == side]
@@ -188,7 +240,7 @@ def fertility_by_class(pairs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Bytes per token by class of characters, a panel for each pair; {name: rows of schema FERTILITY}."""
     classes = [list(dict.fromkeys(row["class"] for row in rows)) for rows in pairs.values()]
     heights = [max(1, len(names)) for names in classes]
-    with plt.rc_context(STYLE):
+    with drawing():
         size = (8, 0.3 * sum(heights) + 0.75 * len(pairs) + 0.4)
         figure, axes = plt.subplots(
             len(pairs), 1, figsize=size, squeeze=False, sharex=True, height_ratios=heights, layout="constrained"
@@ -220,7 +272,7 @@ def _errors(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 def distance_histogram(distances: dict[str, dict[str, dict[int, float]]]) -> Figure:
     """Shares of student tokens by edit distance from their teacher tokens; {name: {weighting: {distance: share}}}."""
-    with plt.rc_context(STYLE):
+    with drawing():
         figure, axes = plt.subplots(
             1, len(distances), figsize=(max(5.0, 3.6 * len(distances)), 3.0), squeeze=False, layout="constrained"
         )

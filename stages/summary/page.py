@@ -38,17 +38,13 @@ def context(job: Any) -> dict[str, Any]:
     rows = read_table(data_path(summary, "summary.parquet"), collect.SUMMARY).to_pylist()
     comparisons = read_table(data_path(summary, "comparisons.parquet"), collect.COMPARISONS).to_pylist()
     labels = {row["model"]: row["label"] for row in rows}
-    labels |= {collect.without_seed(name): label.split(", seed ")[0] for name, label in labels.items()} | labels
-
-    def label(name: str) -> str:
-        return labels.get(name, name)
-
     artifacts, versions = built(job.root, [manifest for _, manifest, _ in job.spec["graph"]])
     return {
         "title": job.spec["title"],
-        "sections": headline.sections(comparisons, list(dict.fromkeys(row["story"] for row in comparisons)), label),
+        "sections": headline.sections(comparisons),
         "results": result_table(rows, comparisons, training(job.inputs.get("students", []))),
-        "comparisons": comparison_rows(comparisons, label),
+        "comparisons": [row | {"metric": headline.metric_name(row, comparisons)} for row in comparisons],
+        "notes": notes(job.inputs.get("evaluations", []), labels),
         "figures": figures(summary),
         "statistics": [statistics(item) for item in job.inputs.get("statistics", [])],
         "mappings": [mapping(job, item) for item in job.inputs.get("mappings", [])],
@@ -61,20 +57,24 @@ def context(job: Any) -> dict[str, Any]:
 
 
 def figures(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """Return {name, caption, svg} of the summary's figures, in reading order."""
-    names = [name.removesuffix(".svg") for name in summary["data"] if name.endswith(".svg")]
-
-    def kind(name: str) -> str:
-        return next((key for key in CAPTIONS if name.endswith(key)), "")
-
-    names.sort(key=lambda name: (list(CAPTIONS).index(kind(name)) if kind(name) else len(CAPTIONS), name))
+    """Return {kind, caption, svg} of the summary's figures, in reading order."""
+    found = [(facts["figure"], name) for name, facts in summary["data"].items() if "figure" in facts]
+    found.sort(key=lambda figure: (list(CAPTIONS).index(figure[0]), figure[1]))
     return [
-        {
-            "name": name,
-            "caption": CAPTIONS.get(kind(name), name),
-            "svg": data_path(summary, f"{name}.svg").read_text(encoding="utf-8"),
-        }
-        for name in names
+        {"kind": kind, "caption": CAPTIONS[kind], "svg": data_path(summary, name).read_text(encoding="utf-8")}
+        for kind, name in found
+    ]
+
+
+def notes(evaluations: list[dict[str, Any]], labels: dict[str, str]) -> list[dict[str, Any]]:
+    """Return {models, suite, task, note} of what the evaluations have to say of their numbers."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for evaluation in evaluations:
+        model, suite = collect.place_of(evaluation)
+        for note in collect.results_of(evaluation)["notes"]:
+            found.setdefault((suite, note["task"], note["note"]), []).append(labels.get(model, model))
+    return [
+        {"models": models, "suite": suite, "task": task, "note": note} for (suite, task, note), models in found.items()
     ]
 
 
@@ -113,47 +113,43 @@ def training(students: list[dict[str, Any]]) -> dict[str, str]:
 def result_table(
     rows: list[dict[str, Any]], comparisons: list[dict[str, Any]], flops: dict[str, str]
 ) -> dict[str, Any]:
-    """Return {columns, models}: one line per model, one cell per suite, task and metric with its interval."""
-    columns = list(dict.fromkeys((row["suite"], row["task"], row["metric"]) for row in rows))
-    best = {}
-    for column in columns:
-        part = [row for row in rows if (row["suite"], row["task"], row["metric"]) == column]
-        pick = max if part[0]["higher_is_better"] else min
-        best[column] = pick(row["value"] for row in part)
-    verdicts = {
-        (row["a"], row["suite"], row["task"], row["metric"]): row for row in comparisons if row["kind"] == "control"
-    }
+    """Return {columns, heads, stories}: a line for each model, a cell for each suite, task, metric and filter."""
+
+    def column_of(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["suite"], row["task"], row["metric"], row["filter"]
+
+    columns = {column_of(row): row for row in rows}
+    best = {column: _best([row for row in rows if column_of(row) == column]) for column in columns}
+    alone = [row for row in comparisons if row["kind"] == "control" and row["seeds"] == 1]
+    verdicts = {(row["a"], *column_of(row)): row["better"] for row in alone}
     models: dict[str, dict[str, Any]] = {}
     for row in rows:
-        column = row["suite"], row["task"], row["metric"]
+        column = column_of(row)
         facts = {key: row[key] for key in ("model", "label", "story", "method", "seed")}
         line = models.setdefault(row["model"], facts | {"flops": flops.get(row["model"]), "cells": {}})
-        against = verdicts.get((row["model"], *column))
-        line["cells"][column] = {
-            "value": row["value"],
-            "low": row["low"],
-            "high": row["high"],
-            "best": row["value"] == best[column],
-            "better": against["better"] if against else None,
+        line["cells"][column] = {key: row[key] for key in ("value", "low", "high")} | {
+            "best": row["value"] is not None and row["value"] == best[column],
+            "better": verdicts.get((row["model"], *column)),
         }
     stories = defaultdict(list)
     for line in models.values():
         stories[line["story"] or ("" if line["method"] == AS_IT_IS else "Experiments")].append(line)
-    heads = [{"suite": suite, "task": task, "metric": headline.metric_name(metric)} for suite, task, metric in columns]
+    heads = [
+        {key: row[key] for key in ("suite", "task")} | {"metric": headline.metric_name(row, rows)}
+        for row in columns.values()
+    ]
     ordered = sorted(stories, key=lambda story: (story == "", list(stories).index(story)))
     return {
-        "columns": columns,
+        "columns": list(columns),
         "heads": heads,
         "stories": [(story or "Models as they are", stories[story]) for story in ordered],
     }
 
 
-def comparison_rows(comparisons: list[dict[str, Any]], label: Any) -> list[dict[str, Any]]:
-    """Return the comparisons with readable names."""
-    return [
-        row | {"label_a": label(row["a"]), "label_b": label(row["b"]), "metric": headline.metric_name(row["metric"])}
-        for row in comparisons
-    ]
+def _best(rows: list[dict[str, Any]]) -> float | None:
+    """Return the best value of a column, None where nobody said which is better."""
+    values, up = [row["value"] for row in rows if row["value"] is not None], {row["higher_is_better"] for row in rows}
+    return (max if up.pop() else min)(values) if values and up in ({True}, {False}) else None
 
 
 def statistics(manifest: dict[str, Any]) -> dict[str, Any]:

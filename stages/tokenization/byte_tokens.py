@@ -84,6 +84,18 @@ class ByteTokenizer:
             (token[0] if token else 0 for token in self._joinable), np.uint8, self.vocab_size
         )
 
+    def cut_ids(self, rows: int) -> None:
+        """Take the ids from `rows` on away, none of which has bytes."""
+        self.__dict__.pop("id_of_bytes", None)
+        self.vocab_size = rows
+        self.token_bytes, self._joinable = self.token_bytes[:rows], self._joinable[:rows]
+        self.lengths, self.first_bytes = self.lengths[:rows], self.first_bytes[:rows]
+        self.special_texts = {content: i for content, i in self.special_texts.items() if i < rows}
+        self._special_tokens = {i: token for i, token in self._special_tokens.items() if i < rows}
+        self.special_ids = frozenset(self._special_tokens)
+        self.roles = {role: i for role, i in self.roles.items() if i < rows}
+        self.pad_id = self.roles.get("pad", self.eos_id if self.eos_id is not None else 0)
+
     @property
     def model(self) -> dict[str, Any]:
         """The model part of the tokenizer.json: its vocabulary, and the merges or scores it was trained to."""

@@ -24,6 +24,8 @@ SLOTS_PER_MESSAGE = 3
 CONTENT = 2  # place of the content among a message's slots: start 0 | header 1 | content 2 | end of turn 3 | ...
 
 Slots = Sequence[Mapping[str, Any]]
+ANSWER = chr(PLACEHOLDERS + MOST_RUNS - 1)  # stands for any
+_OPENED = re.compile(r"<(\w+)>\s*\Z")
 
 
 class Piece(NamedTuple):
@@ -78,29 +80,53 @@ class Chats:
                 raise refused from None
         self._template = template
         self._layouts: dict[Any, Layout] = {}
+        self._leads: dict[Any, tuple[str, str]] = {}
         # Special tokens that the template reads in contents.
         self.readable = frozenset(identity for text, identity in specials.items() if text in self._sought.texts)
 
     def layout(self, slots: Slots, **options: Any) -> tuple[Layout, list[tuple[int, int, int]]]:
         """Return how a conversation is rendered, and (message, start, end) of each run of its texts, in characters."""
-        turns, spans, foreign, key = [], [], [], []
-        for number, slot in enumerate(slots):
-            turn, own = self._read(slot, len(spans), foreign)
-            turns.append(turn)
-            spans += [(number, *span) for span in own]
-            fields = slot.get("fields") and json.dumps(turn.message)
-            key.append((slot["role"], turn.text, fields))
-        place = (tuple(key), tuple(foreign), tuple(options.items()))
-        if place not in self._layouts:
+        turns, spans, foreign, key = self._read_all(slots, options)
+        if key not in self._layouts:
             if len(self._layouts) >= MOST_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[place] = self._made(slots, turns, spans, foreign, options)
-        return self._layouts[place], spans
+            self._layouts[key] = self._made(slots, turns, spans, foreign, options)
+        return self._layouts[key], spans
+
+    def leads(self, slots: Slots, **options: Any) -> tuple[str, str]:
+        """Return (text of the template between a prompt and the content of an answer, start of a block that it opens).
+
+        `options` ask for an answer after `slots`.
+        """
+        turns, _, _, key = self._read_all(slots, options)
+        if key not in self._leads:
+            self._leads[key] = self._found_leads(turns, options)
+        return self._leads[key]
+
+    def _found_leads(self, turns: list[Turn], options: dict[str, Any]) -> tuple[str, str]:
+        prompt = self._turns.find(turns, **options).text
+        if opened := _OPENED.search(prompt):
+            return "", opened[0]
+        answer = Turn({"role": "assistant", "content": ANSWER}, ANSWER, MOST_RUNS - 1, MOST_RUNS)
+        answered = self._turns.find([*turns, answer]).text
+        return answered[len(prompt) : answered.rfind(ANSWER)] if answered.startswith(prompt) else "", ""
 
     def untrained(self, slots: Slots) -> int:
         """Return how many turns are to be trained on and are not, since the template leaves a part of them out."""
         layout, _ = self.layout(slots)
         return sum(bool(slot["loss"]) and not whole for slot, whole in zip(slots, layout.whole, strict=True))
+
+    def _read_all(
+        self, slots: Slots, options: Mapping[str, Any]
+    ) -> tuple[list[Turn], list[tuple[int, int, int]], list[str], Any]:
+        """Return a conversation as turns, (message, start, end) of their runs, what `_read` adds, a key of all."""
+        turns, spans, foreign, key = [], [], [], []
+        for number, slot in enumerate(slots):
+            turn, own = self._read(slot, len(spans), foreign)
+            turns.append(turn)
+            spans += [(number, *span) for span in own]
+            key.append((slot["role"], turn.text, slot.get("extra") and json.dumps(turn.message)))
+        return turns, spans, foreign, (tuple(key), tuple(foreign), tuple(options.items()))
 
     def _read(self, slot: Mapping[str, Any], first: int, foreign: list[str]) -> tuple[Turn, list[tuple[int, int]]]:
         """Return a message of shapes with placeholders from `first` on, and the spans of the text that they stand for.
@@ -172,7 +198,7 @@ class Chats:
 
 def message_of(slot: Mapping[str, Any]) -> dict[str, Any]:
     """Return the message of a slot, as its data set has it."""
-    fields = json.loads(slot["fields"]) if slot.get("fields") else {}
+    fields = json.loads(slot["extra"]) if slot.get("extra") else {}
     text, reasoning = slot["text"], fields.get("reasoning_content")
     head = REASONING.format(reasoning) if isinstance(reasoning, str) else ""
     return {"role": slot["role"], "content": text.removeprefix(head), **fields}

@@ -61,6 +61,11 @@ class ChatTemplate:
         return given
 
 
+def asking(thinking: bool | None) -> dict[str, Any]:
+    """Return the variables with which a template asks for an answer; `thinking` None: reasoning by its default."""
+    return {"add_generation_prompt": True} | ({} if thinking is None else {"enable_thinking": thinking})
+
+
 def template_of_kind(kind: Kind) -> str:
     """Return the Jinja chat template that a model kind's pieces make."""
     headers = kind.headers()

@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.core.errors import UserError
 from stages.tokenization.definition import Definition, make_exact
-from stages.tokenization.preparation import Prepared, settle
+from stages.tokenization.sources import Prepared, settle
 from stages.tokenization.spec import TokenizerSpec
 
 Texts = Callable[[], Iterator[str]]

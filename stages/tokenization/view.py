@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +15,8 @@ from stages.tokenization import encoding
 from stages.tokenization.byte_tokens import ByteTokenizer
 from stages.tokenization.chat import SLOTS_PER_MESSAGE, Chats
 from stages.tokenization.definition import without_prefix_space
-from stages.tokenization.preparation import Prepared, built, prepare, read_settings
-from stages.tokenization.rendering import ChatTemplate
+from stages.tokenization.rendering import ChatTemplate, asking
+from stages.tokenization.sources import Prepared, built, prepare, read_settings
 from stages.tokenization.spec import TokenizerSpec
 from stages.tokenization.turns import PLAIN_ROLES
 
@@ -97,6 +98,27 @@ class ByteView(ByteTokenizer):
             if role in self.roles:
                 self.role_of[self.roles[role]] = role
 
+    def limited(self, rows: int, model: str) -> ByteView:
+        """Return this tokenizer without its ids from `rows` on, for which the model called `model` has no row.
+
+        UserError when a text or the template can need one of them.
+        """
+        if rows >= self.vocab_size:
+            return self
+        needed = {i for role, i in self.roles.items() if role not in ("pad", "unk")}
+        needed |= set(self.encode_prompts([_words(PLAIN_ROLES)]).ids.tolist())
+        missing = [i for i in range(rows, self.vocab_size) if self.token_bytes[i] is not None or i in needed]
+        if missing:
+            raise UserError(
+                f"Model {model!r} has {rows} embedding rows but tokenizer {self.name!r} has {self.vocab_size} ids, of "
+                f"which {missing[0]} ({self.string_of(missing[0])!r}) can stand in a text: give the model the "
+                "tokenizer it was trained with, or initialize it for this one."
+            )
+        view = copy(self)
+        view.cut_ids(rows)
+        view.role_of = {i: role for i, role in self.role_of.items() if i < rows}
+        return view
+
     def boundary_mask(self, mode: str = DEFAULT_BOUNDARY) -> np.ndarray:
         """Return bool [vocab]: the token starts with one of the boundary bytes of `mode`, or is special if it says so.
 
@@ -121,7 +143,7 @@ class ByteView(ByteTokenizer):
     def encode_examples(
         self, slots_per_example: Sequence[Sequence[Mapping[str, Any]]], ends_document: Sequence[bool] | None = None
     ) -> encoding.EncodedBatch:
-        """Encode examples whose slots are as in the EXAMPLES schema, {"role", "text", "loss"} and perhaps "fields".
+        """Encode examples whose slots are as in the EXAMPLES schema, {"role", "text", "loss"} and perhaps "extra".
 
         Plain text (role "text"): [start][text][eos if the document ends]; a chat: what the template renders, special
         tokens in it as tokens. Trained are the texts with `loss`, the end of turn after one, and a plain text's eos;
@@ -130,14 +152,24 @@ class ByteView(ByteTokenizer):
         return encoding.encode_examples(self, self.chats, slots_per_example, ends_document)
 
     def encode_prompts(
-        self, slots_per_example: Sequence[Sequence[Mapping[str, Any]]], **options: Any
+        self, slots_per_example: Sequence[Sequence[Mapping[str, Any]]], thinking: bool | None = None
     ) -> encoding.EncodedBatch:
         """Encode examples as prompts: after a chat stands what makes the assistant answer, in the last slot.
 
-        `options` are variables of the template, such as enable_thinking.
+        `thinking`: the template's variable enable_thinking; None leaves it undefined.
         """
-        options |= {"add_generation_prompt": True}
-        return encoding.encode_examples(self, self.chats, slots_per_example, None, options)
+        return encoding.encode_examples(self, self.chats, slots_per_example, None, asking(thinking))
+
+    def leads(self, slots: Sequence[Mapping[str, Any]], thinking: bool | None = None) -> tuple[str, str]:
+        """Return (what the model has to write before the text of its answer, what of the text it is given).
+
+        The first is of the template, or the tokenizer's dummy space; the second is a block that the prompt opens.
+        """
+        written, given = self.chats.leads(slots, **asking(thinking))
+        if written or given or self.prefix_space != "always":
+            return written, given
+        prompt = self.encode_prompts([slots], thinking).ids
+        return " " if not len(prompt) or int(prompt[-1]) in self.special_ids else "", ""
 
     def untrained(self, slots: Sequence[Mapping[str, Any]]) -> int:
         """Return how many turns of an example with `loss` are not trained on; see `encode_examples`."""

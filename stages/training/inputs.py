@@ -96,8 +96,10 @@ def open_pair(job: stage.Job, student: ByteView, needs: Needs) -> Pair:
     if needs.pair & {"mapping", "projection"}:
         refuse_other(job, "mapping", ("teacher_tokenizer", "tokenizer"))
     if "mapping" in needs.pair:
-        parts["to_teacher"] = matches(read_table(job.data("mapping", "mapping.parquet"), MAPPING), "teacher_id")
-        parts["to_student"] = matches(read_table(job.data("mapping", "reverse.parquet"), REVERSE_MAPPING), "student_id")
+        tables = {"mapping.parquet": MAPPING, "reverse.parquet": REVERSE_MAPPING}
+        ours, theirs = (read_table(job.data("mapping", file), schema) for file, schema in tables.items())
+        parts["to_teacher"] = matches(ours.slice(0, student.vocab_size), "teacher_id", teacher.vocab_size)
+        parts["to_student"] = matches(theirs, "student_id", student.vocab_size)
     if "projection" in needs.pair:
         cells = read_table(job.data("mapping", "projection.parquet"), PROJECTION)
         parts["projection"] = projection(cells, student.vocab_size)
@@ -133,13 +135,16 @@ def refuse_few(job: stage.Job) -> None:
         )
 
 
-def matches(table: pa.Table, target: str) -> Matches:
-    """Return a table of schema MAPPING or REVERSE_MAPPING, whose rows are in the order of their ids, as arrays."""
-    nearest = table[target].to_numpy()
+def matches(table: pa.Table, target: str, ids: int) -> Matches:
+    """Return a table of schema MAPPING or REVERSE_MAPPING, whose rows are in the order of their ids, as arrays.
+
+    `ids`: how many the other side has; what is mapped to one beyond them is mapped to none.
+    """
+    nearest = np.where(table[target].to_numpy() < ids, table[target].to_numpy(), -1)
     same = np.isin(table["kind"].to_numpy(zero_copy_only=False), ("exact", "special"))
     return Matches(
         exact=np.where(same, nearest, -1),
-        prefix=table["prefix_id"].to_numpy(),
+        prefix=np.where(table["prefix_id"].to_numpy() < ids, table["prefix_id"].to_numpy(), -1),
         nearest=nearest,
         reliable=table["reliable"].to_numpy(zero_copy_only=False),
     )
@@ -149,6 +154,7 @@ def projection(cells: pa.Table, vocab: int) -> Projection:
     """Return the cells (schema PROJECTION) of each of `vocab` student ids side by side."""
     student, teacher, weight = (cells[name].to_numpy() for name in PROJECTION.names)
     order = np.argsort(student, kind="stable")
+    order = order[student[order] < vocab]
     student, teacher, weight = student[order].astype(np.int64), teacher[order], weight[order]
     counts = np.bincount(student, minlength=vocab)
     place = np.arange(len(student)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -14,7 +14,7 @@ from stages.artifacts.schemas import EXAMPLES
 from stages.artifacts.tables import read_table
 from stages.core import stage
 from stages.models.adapters import merged
-from stages.models.description import Description, describe
+from stages.models.description import Description, describe, usable
 from stages.models.export import copy_tokenizer, save_model
 from stages.models.loading import load_model
 from stages.tokenization.batches import encode_rows, refuse_inexact, warn_untrained
@@ -57,6 +57,7 @@ def open_student(
     `start` is the artifact it starts from; without one, the "model" of the spec is loaded.
     """
     model = load_model(job.spec["model"], start)
+    view = usable(view, model, job.spec["model"]["name"])
     student = describe(model, job.spec["model"]["name"], view.vocab_size, view.name)
     refuse_long(view, table, student)
     return student, *prepare_mode(student, settings, job.spec["seed"])

@@ -10,7 +10,7 @@ from stages.core import stage
 from stages.core.seeds import seed_of
 from stages.losses import Needs
 from stages.losses.examples import Examples
-from stages.models.description import describe
+from stages.models.description import describe, usable
 from stages.models.loading import load_model, teacher_dtype
 from stages.signals.compute import check_finite, teacher_pass, wanted_signals
 from stages.tokenization import ByteView
@@ -28,6 +28,7 @@ def online_teacher(
     dtype = teacher_dtype(job.spec["train"].get("dtype", "auto"), device)
     model = load_model(job.spec["teacher_model"], job.inputs.get("teacher"), dtype).to(device).eval()
     model.requires_grad_(False)
+    view = usable(view, model, name)
     teacher = describe(model, name, view.vocab_size, view.name)
     training.refuse_long(view, table, teacher)
     kept = {"boundary": "boundary_logprob" in needs.teacher, "eos": "eos_logprob" in needs.teacher}

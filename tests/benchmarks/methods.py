@@ -118,8 +118,8 @@ def open_pair(folder: Path, teacher, student, needs):
 
     parts = {}
     if "mapping" in needs.pair:
-        parts["to_teacher"] = matches(pq.read_table(folder / "mapping.parquet"), "teacher_id")
-        parts["to_student"] = matches(pq.read_table(folder / "reverse.parquet"), "student_id")
+        parts["to_teacher"] = matches(pq.read_table(folder / "mapping.parquet"), "teacher_id", teacher.vocab_size)
+        parts["to_student"] = matches(pq.read_table(folder / "reverse.parquet"), "student_id", student.vocab_size)
     if "projection" in needs.pair:
         parts["projection"] = projection(pq.read_table(folder / "projection.parquet"), student.vocab_size)
     if "bias" in needs.pair:

@@ -32,7 +32,7 @@ def gradients(found, expected, message="", of=None):
 def _close(found, expected, rtol, scale, message):
     found = np.asarray(found, np.float64)
     assert found.shape == expected.shape, f"{message} {found.shape} {expected.shape}"
-    allowed = rtol * np.abs(expected) + ROUNDING * np.minimum(scale, 1.0)
+    allowed = np.where(np.isfinite(expected), rtol * np.abs(expected) + ROUNDING * np.minimum(scale, 1.0), 0.0)
     wrong = ~(np.abs(found - expected) <= allowed) & (found != expected)
     if wrong.any():
         excess = np.where(wrong, np.abs(found - expected) / (allowed + 1e-300), 0)
@@ -50,5 +50,6 @@ def model_kinds(folder: Path) -> dict[str, str]:
         for entry in content if isinstance(content, list) else [content]:
             if isinstance(entry, dict):
                 sides = [key.removeprefix("model_kind_") for key in entry if key.startswith("model_kind_")]
-                kinds |= {entry[side]: entry[f"model_kind_{side}"] for side in sides if side in entry}
+                names = {side: entry.get(side, entry.get(f"{side}_vocab")) for side in sides}
+                kinds |= {name: entry[f"model_kind_{side}"] for side, name in names.items() if name}
     return kinds

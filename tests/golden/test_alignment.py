@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from stages.alignment import BiasTable, align
+from stages.tokenization import ByteView
 from stages.tokenization.encoding import SCALE, EncodedBatch
-from stages.tokenization.sources import prepare, view_of
+from stages.tokenization.sources import prepare
 from stages.tokenization.spec import TokenizerSpec
 from tests.conftest import golden_folder, tokenizers_folder
 
@@ -34,7 +35,7 @@ def view_of_kind(folder: Path, kind: str | None):
     """A tokenizer with the special tokens and chat pieces of a model kind, or with its own."""
     if not folder.is_dir():
         pytest.skip(f"no tokenizer {folder.name} in {folder.parent}")
-    return view_of(prepare(folder, TokenizerSpec(folder.name, source=kind)), folder)
+    return ByteView.of(prepare(folder, TokenizerSpec(folder.name, source=kind)), folder)
 
 
 @pytest.fixture
@@ -83,10 +84,9 @@ def _runs(view, example, side):
 
 def _chat_runs(view, ids):
     template = view.chat_pieces(ROLES)
-    runs, at = [(0, False, list(template.start))], len(template.start)
-    assert ids[:at] == list(template.start)
-    for number, turn in enumerate(template.turns):
-        header, end = list(turn.header), list(turn.end)
+    runs, at = [(0, False, template.start)], len(template.start)
+    assert ids[:at] == template.start
+    for number, (header, end) in enumerate(template.turns):
         assert ids[at : at + len(header)] == header
         begin = at + len(header)
         at = next(i for i in range(begin, len(ids)) if ids[i : i + len(end)] == end)

@@ -14,6 +14,7 @@ import torch
 from stages.losses import alm
 from stages.losses.chunks import Chunks, merge_chunks, run_ends
 from tests.conftest import golden_file, golden_folder
+from tests.golden.compare import gradients, values
 
 
 def pytest_generate_tests(metafunc):
@@ -113,10 +114,6 @@ def options_of(case):
     return {name: case[name] for name in names} | {"merge_threshold": case["tokenizer_pair_bias_threshold"]}
 
 
-def close(actual, expected, rtol, atol):
-    np.testing.assert_allclose(np.asarray(actual, np.float64), np.asarray(expected, np.float64), rtol=rtol, atol=atol)
-
-
 def summed(tables, signals, boundary, student, options):
     total, count = 0.0, 0.0
     for table in tables:
@@ -164,9 +161,12 @@ def test_case(group, case, loaded):
         assert mean_denominator == 0
     else:
         value = total / elements / mean_denominator / len(sizes)
-        close(value.item(), case["loss"], 1e-4, 1e-6)
-        (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
-        close(gradient.numpy(), z[f"grad_student_logits_{case['id']}"], 1e-3, 1e-6)
+        values(value.item(), case["loss"])
+        if f"grad_student_logits_{case['id']}" in z:
+            (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
+            expected = z[f"grad_student_logits_{case['id']}"]
+            # A chunk as likely to both sides has a gradient of nothing but rounding: it is that of the others.
+            gradients(gradient, expected, of=np.abs(expected).max(keepdims=True))
 
     # The project's own chunks on the same tokens.
     example = np.repeat(np.arange(len(seg_t)), columns)
@@ -186,6 +186,14 @@ def test_case(group, case, loaded):
     )
 
 
+def torn(case, segments, mask):
+    """Whether an empty column lies between chunks that the reference may merge."""
+    if "merge_by_space_prob" not in case["alm_mode"]:
+        return False
+    filled = [np.unique(row[row >= 0]) for row in masked(segments, mask)[0]]
+    return any(len(row) and row[-1] - row[0] >= len(row) for row in filled)
+
+
 def check_difference(
     case, ours, mine, count, signals, boundary, student, options, seg_t, seg_s, mask_t, mask_s, columns
 ):
@@ -194,20 +202,19 @@ def check_difference(
     gcounts = np.zeros((len(seg_t), columns), np.int64)
     (table,), _, _, _ = reference_tables(single, seg_t, seg_s, mask_t, mask_s, boundary, columns, gcounts)
     theirs, _ = summed([table], signals, boundary, student, options)
-    empty_side = np.setdiff1d(np.arange(len(table.count)), table.student)
-    torn = case["loss_mask"] == "ragged" and "merge_by_space_prob" in case["alm_mode"]
-    if not torn and not len(empty_side):
+    scored_t, scored_s = (flat(masked(s, m)[0], columns) for s, m in ((seg_t, mask_t), (seg_s, mask_s)))
+    both = np.intersect1d(scored_t[scored_t >= 0], scored_s[scored_s >= 0])
+    half_empty = np.setdiff1d(scored_t[scored_t >= 0], both)
+    if not torn(case, seg_t, mask_t) and not len(half_empty):
         # Same members, so the same numerator; the right denominator counts every merged chunk once.
         assert np.array_equal(ours.teacher, table.teacher) and np.array_equal(ours.student, table.student)
         assert np.array_equal(ours.teacher_end, table.teacher_end) and np.array_equal(ours.count, table.count)
-        close(mine.item(), theirs.item(), 1e-5, 1e-6)
+        np.testing.assert_allclose(mine.item(), theirs.item(), rtol=1e-5, atol=0)
         by_chunk = case["distill_main_path_denominator"] == "chunk_count"
         assert count == (len(table.count) if by_chunk else table.count.sum())
     else:
         # Reference defects: an empty column breaks a merge with the boundary mass of row 0, a chunk with student
         # tokens on no side counts as log-likelihood 0. Right: only chunks scored on both sides, joined when adjacent.
-        scored_t, scored_s = (flat(masked(s, m)[0], columns) for s, m in ((seg_t, mask_t), (seg_s, mask_s)))
-        both = np.intersect1d(scored_t[scored_t >= 0], scored_s[scored_s >= 0])
         assert np.array_equal(ours.teacher >= 0, np.isin(scored_t, both))
         assert np.array_equal(ours.student >= 0, np.isin(scored_s, both))
         assert ours.count.sum() == np.isin(scored_t, both).sum()

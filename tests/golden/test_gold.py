@@ -1,32 +1,37 @@
 """GOLD against TRL's `ULDLoss`: every case of trl_gold_uld.json, value and gradient, with all tokens in the signals.
 
-The reference's cross entropy (weight 0.3 of every loss) is added here, and its mean of the examples' means is taken.
-What it compares is laid out as a sequence of (row, token) pairs for our loss, so that its strategies differ in that
-alone:
+`reference` is the reference's loss in float64, its cross entropy and its mean of the examples' means included, and is
+compared with the file. What it compares is laid out as a sequence of (row, token) pairs for our loss, so that its
+strategies differ in that alone:
 
 - "bayesian": the token at position p with the row p - 1 that predicts it; a group's last row is multiplied by the
   probabilities of its earlier tokens. The chain rule, and what the product does.
 - "observed", TRL's default: position p with row p, which predicts token p + 1 (off by one), and a group's first row is
-  multiplied by the probabilities of its later tokens. Only this file does that; that it is wrong is shown at the end.
+  multiplied by the probabilities of its later tokens. Only this file does that.
 
-The reference takes no probability to be below 1e-8 in the logarithms of matched tokens. Of the student that would end
-the gradient of every token of a long chunk, so the product does not; of the teacher it changes a few gradients of
-reverse KL (beta 1) by less than 1e-5 here, which this file reproduces.
+The reference takes no probability to be below 1e-8, neither in the logarithms of matched tokens nor of the tokens that
+a group is multiplied by: that ends the gradient of every token of a long chunk. The right value has no such floor.
+`reference` has it at a height: at 1e-8 it gives the file's numbers, at 0 ours; where both agree ours are the file's.
 """
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from stages.alignment import align
 from stages.losses import gold
 from stages.losses.chunks import merge_chunks
+from stages.tokenization.encoding import SCALE, EncodedBatch
 from tests.conftest import golden_file, golden_folder
+from tests.golden.compare import gradients, values
 from tests.unit.dense import answer, signals_of, tensors
 
-VALUES, GRADIENTS = {"rtol": 1e-4, "atol": 1e-6}, {"rtol": 1e-3, "atol": 1e-6}
-FLOOR = np.log(1e-8).astype(np.float32)
+SIDES = ("student", "teacher")
+FLOOR = 1e-8
+IGNORED = -100
 
 
 def pytest_generate_tests(metafunc):
@@ -35,8 +40,8 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         cases = found.get("cases", [])
         metafunc.parametrize("case", cases, ids=[case["id"] for case in cases])
-    if "merged" in metafunc.fixturenames:
-        metafunc.parametrize("merged", range(len(found.get("alignment_groups_per_example", []))), indirect=True)
+    if "example" in metafunc.fixturenames:
+        metafunc.parametrize("example", range(len(found.get("alignment_groups_per_example", []))))
 
 
 @pytest.fixture(scope="module")
@@ -44,40 +49,110 @@ def arrays(golden):
     return dict(np.load(golden_file(golden, "trl_gold_uld.npz")))
 
 
-def positions(labels, skip_eos):
-    found = np.flatnonzero(labels != -100)
-    return found[: len(found) - skip_eos]
+@pytest.fixture(scope="module")
+def listed(golden):
+    """For each example the groups of both sides, counted from the first answer token."""
+    content = json.loads(golden_file(golden, "trl_gold_uld.json").read_text(encoding="utf-8"))
+    return content["alignment_groups_per_example"]
 
 
-def groups_of(case, arrays, example):
-    """Positions of each group on both sides, by the rules of the reference."""
-    spans = [
-        positions(arrays[f"{side}_labels"][example], case[f"uld_skip_{side}_eos"]) for side in ("student", "teacher")
-    ]
-    if not case["use_extended_uld"]:
-        return [([s], [t]) for s, t in zip(*spans, strict=False)]
-    ends = [
-        arrays[f"{side}_byte_offsets"][example][span, 1]
-        for side, span in zip(("student", "teacher"), spans, strict=True)
-    ]
-    groups, here, at = [], [[], []], [0, 0]
-    while at[0] < len(spans[0]) and at[1] < len(spans[1]):
-        now = [int(end[i]) for end, i in zip(ends, at, strict=True)]
+def answers(arrays, side, example, skip_last=False):
+    """Positions of the answer's tokens."""
+    found = np.flatnonzero(arrays[f"{side}_labels"][example] != IGNORED)
+    return found[: len(found) - skip_last].tolist()
+
+
+def by_bytes(spans, ends):
+    """TRL's `_align_by_byte_offsets`: [(student positions, teacher positions)] that end at the same byte."""
+    groups, here, at = [], ([], []), [0, 0]
+    while all(at[side] < len(spans[side]) for side in (0, 1)):
+        now = [int(ends[side][spans[side][at[side]]]) for side in (0, 1)]
         for side in (0, 1):
             if now[side] <= now[1 - side]:
                 here[side].append(spans[side][at[side]])
                 at[side] += 1
         if now[0] == now[1]:
-            groups.append(tuple(here))
-            here = [[], []]
-    here = [part + list(span[i:]) for part, span, i in zip(here, spans, at, strict=True)]
-    return groups + ([tuple(here)] if here[0] and here[1] else [])
+            groups.append(here)
+            here = ([], [])
+    rest = tuple([*part, *span[i:]] for part, span, i in zip(here, spans, at, strict=True))
+    return groups + ([rest] if all(rest) else [])
 
 
-def laid_out(logits, ids, groups, strategy, shift=None):
+def groups_of(case, arrays, example):
+    """Positions of each group on both sides, by the rules of the reference."""
+    spans = [answers(arrays, side, example, case[f"uld_skip_{side}_eos"]) for side in SIDES]
+    if not case["use_extended_uld"]:
+        groups = [([s], [t]) for s, t in zip(*spans, strict=False)]
+    else:
+        groups = by_bytes(spans, [arrays[f"{side}_byte_offsets"][example][:, 1] for side in SIDES])
+    # No row predicts a token at position 0: its group is left out.
+    first = case["uld_token_merge_strategy"] == "bayesian" and any(span[:1] == [0] for span in spans)
+    return groups[1:] if first else groups
+
+
+def merged_rows(probability, ids, groups, strategy, floor, shift):
+    """The reference's `_merge_probabilities_with_alignment_groups`, float64 [groups, V].
+
+    `shift`: how many rows before a token's own position the row is that stands for it.
+    """
+    rows = []
+    for group in groups:
+        bayesian = strategy == "bayesian"
+        row = probability[group[-1 if bayesian else 0] - shift]
+        for p in group[:-1] if bayesian else group[1:]:
+            row = row * probability[p - shift, ids[p]].clamp_min(floor)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def generalised_jsd(p, q, beta):
+    if beta in (0, 1):
+        return (q * (q.log() - p.log()) if beta else p * (p.log() - q.log())).sum()
+    middle = (beta * p + (1 - beta) * q).log()
+    return (beta * p * (p.log() - middle) + (1 - beta) * q * (q.log() - middle)).sum()
+
+
+def sorted_l1(p, q):
+    width = max(p.shape[1], q.shape[1])
+    p, q = (torch.nn.functional.pad(x.sort(-1, descending=True).values, (0, width - x.shape[1])) for x in (p, q))
+    return (p - q).abs().sum()
+
+
+def example_reference(case, arrays, example, logits, floor):
+    """(the distillation loss of one example, its two parts) in float64."""
+    groups, strategy = groups_of(case, arrays, example), case["uld_token_merge_strategy"]
+    if not groups:
+        return logits.sum() * 0, {}
+    teacher = torch.tensor(arrays["teacher_logits"][example]).double()
+    q, p = (
+        merged_rows(
+            torch.softmax(side_logits / case[f"uld_{side}_temperature"], -1),
+            arrays[f"{side}_input_ids"][example],
+            [group[number] for group in groups],
+            strategy,
+            floor,
+            int(strategy == "bayesian"),
+        )
+        for number, (side, side_logits) in enumerate((("student", logits), ("teacher", teacher)))
+    )
+    if not case["uld_use_hybrid_loss"]:
+        return sorted_l1(p, q) / len(groups), {}
+    paired = [torch.tensor(arrays[f"matched_{side}_ids"]) for side in ("teacher", "student")]
+    alone = [
+        torch.ones(x.shape[1], dtype=torch.bool).index_fill(0, i, False) for x, i in zip((p, q), paired, strict=True)
+    ]
+    jsd = generalised_jsd(p[:, paired[0]].clamp_min(floor), q[:, paired[1]].clamp_min(floor), case["beta"])
+    parts = {"matched": jsd / len(groups), "unmatched": sorted_l1(p[:, alone[0]], q[:, alone[1]]) / len(groups)}
+    weight, other = case["uld_hybrid_matched_weight"], case["uld_hybrid_unmatched_weight"]
+    if weight is None:
+        weight = len(paired[0]) / p.shape[1]
+        other = 1 - weight
+    return weight * parts["matched"] + other * parts["unmatched"], parts
+
+
+def laid_out(logits, ids, groups, strategy, shift):
     """(logits, ids, chunks) of a sequence in which the row before a token is the one the reference takes for it."""
     rows, tokens, chunks = [], [0], [-1]
-    shift = int(strategy == "bayesian") if shift is None else shift
     for number, group in enumerate(groups):
         for p in group if strategy == "bayesian" else [*group[1:], group[0]]:
             rows.append(logits[p - shift])
@@ -86,13 +161,22 @@ def laid_out(logits, ids, groups, strategy, shift=None):
     return torch.stack([*rows, torch.zeros_like(rows[0])]), np.array(tokens), np.array(chunks)
 
 
-def example_loss(case, arrays, example, logits, strategy, floor):
-    """(the mean over groups of the distillation loss, its parts) of one example."""
-    groups = groups_of(case, arrays, example)
+def example_product(case, arrays, example, logits):
+    """The same by the product."""
+    groups, strategy = groups_of(case, arrays, example), case["uld_token_merge_strategy"]
+    if not groups:
+        return logits.sum() * 0, {}
     teacher = torch.tensor(arrays["teacher_logits"][example])
-    teacher_ids, student_ids = (arrays[f"{side}_input_ids"][example] for side in ("teacher", "student"))
-    theirs = laid_out(teacher / case["uld_teacher_temperature"], teacher_ids, [group for _, group in groups], strategy)
-    own = laid_out(logits / case["uld_student_temperature"], student_ids, [group for group, _ in groups], strategy)
+    own, theirs = (
+        laid_out(
+            side_logits / case[f"uld_{side}_temperature"],
+            arrays[f"{side}_input_ids"][example],
+            [group[number] for group in groups],
+            strategy,
+            int(strategy == "bayesian"),
+        )
+        for number, (side, side_logits) in enumerate((("student", logits), ("teacher", teacher)))
+    )
     images = np.full(teacher.shape[-1], -1)
     images[arrays["matched_teacher_ids"]] = arrays["matched_student_ids"]
     options = {
@@ -105,55 +189,84 @@ def example_loss(case, arrays, example, logits, strategy, floor):
     signals = signals_of(theirs[0], theirs[1], teacher.shape[-1])
     prepared = gold.prepare_chunks(chunks, signals, own[1], images, logits.shape[-1], options)
     assert prepared.count == len(groups)
-    prepared.arrays["logprob"] = np.maximum(prepared.arrays["logprob"], floor - prepared.arrays["before"][:, None])
-    found = answer(prepared.query, own[0])
-    total, parts = gold.loss(found, tensors(prepared.arrays), options)
+    total, parts = gold.loss(answer(prepared.query, own[0]), tensors(prepared.arrays), options)
     return total / len(groups), {name: part / len(groups) for name, part in parts.items()}
 
 
-def whole_loss(case, arrays, logits, strategy, floor=FLOOR):
+def whole(case, arrays, dtype, of_example):
+    """(the loss, its distilled part, the last example's parts, the gradient) with `of_example` for each example."""
+    logits = torch.tensor(arrays["student_logits"]).to(dtype).requires_grad_()
     labels = torch.tensor(arrays["student_labels"])[:, 1:].flatten()
     entropy = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
-    parts = [example_loss(case, arrays, i, logits[i], strategy, floor) for i in range(len(logits))]
-    distilled = case["uld_distillation_weight"] * torch.stack([value for value, _ in parts]).mean()
-    return case["uld_crossentropy_weight"] * entropy + distilled, distilled, parts[-1][1]
+    found = [of_example(case, arrays, i, logits[i]) for i in range(len(logits))]
+    distilled = case["uld_distillation_weight"] * torch.stack([value for value, _ in found]).mean()
+    total = case["uld_crossentropy_weight"] * entropy + distilled
+    (gradient,) = torch.autograd.grad(total, logits, retain_graph=True)
+    (alone,) = torch.autograd.grad(distilled, logits)
+    parts = {name: part.item() for name, part in found[-1][1].items()}
+    return SimpleNamespace(loss=total.item(), distilled=distilled.item(), parts=parts, gradient=gradient, alone=alone)
+
+
+def masses(case, arrays):
+    """Float64 [B, T, 1]: the student's probability of the group that a row is multiplied into, as it is averaged."""
+    logits = torch.tensor(arrays["student_logits"]).double()
+    probability = torch.softmax(logits / case["uld_student_temperature"], -1)
+    strategy, result = case["uld_token_merge_strategy"], np.zeros((*logits.shape[:2], 1))
+    shift = int(strategy == "bayesian")
+    for example, ids in enumerate(arrays["student_input_ids"]):
+        groups = [group for group, _ in groups_of(case, arrays, example)]
+        for group in groups:
+            mass = merged_rows(probability[example], ids, [group], strategy, 0.0, shift).sum()
+            result[example, [p - shift for p in group]] = mass / len(groups) / len(logits)
+    return case["uld_distillation_weight"] * result
 
 
 def test_case(case, arrays):
-    logits = torch.tensor(arrays["student_logits"], requires_grad=True)
-    total, distilled, last = whole_loss(case, arrays, logits, case["uld_token_merge_strategy"])
-    np.testing.assert_allclose(distilled.item(), case["distillation_loss"], **VALUES)
-    np.testing.assert_allclose(total.item(), case["loss"], **VALUES)
-    for name, part in last.items():
-        np.testing.assert_allclose(part.item(), case[f"last_example_{name}_loss"], **VALUES)
-    total.backward()
-    np.testing.assert_allclose(logits.grad, arrays[f"grad_{case['id']}"], **GRADIENTS)
-    with torch.no_grad():
-        _, without_floor, _ = whole_loss(case, arrays, logits, case["uld_token_merge_strategy"], np.float32(-np.inf))
-    np.testing.assert_allclose(without_floor, case["distillation_loss"], **VALUES)
+    theirs = whole(case, arrays, torch.float64, lambda *of: example_reference(*of, FLOOR))
+    values(theirs.loss, case["loss"])
+    values(theirs.distilled, case["distillation_loss"])
+    for name, part in theirs.parts.items():
+        values(part, case[f"last_example_{name}_loss"])
+    expected = arrays[f"grad_{case['id']}"]
+    gradients(theirs.gradient, expected)
+
+    right = whole(case, arrays, torch.float64, lambda *of: example_reference(*of, 0.0))
+    ours = whole(case, arrays, torch.float32, example_product)
+    values(ours.loss, right.loss)
+    values(ours.distilled, right.distilled)
+    for name, part in right.parts.items():
+        values(ours.parts[name], part)
+    gradients(ours.gradient, right.gradient)
+    gradients(ours.alone, right.alone, of=masses(case, arrays))  # rows of long chunks too, however small
+    same = torch.isclose(theirs.gradient, right.gradient, rtol=1e-6, atol=0).all(-1)
+    gradients(ours.gradient[same], expected[same])
 
 
-def test_groups(golden, arrays):
-    listed = json.loads(golden_file(golden, "trl_gold_uld.json").read_text(encoding="utf-8"))
-    case = next(case for case in listed["cases"] if case["use_extended_uld"] and case["uld_skip_student_eos"])
-    for example, groups in enumerate(listed["alignment_groups_per_example"]):
-        starts = [positions(arrays[f"{side}_labels"][example], 0)[0] for side in ("student", "teacher")]
-        found = groups_of(case | {"uld_skip_teacher_eos": True}, arrays, example)
-        for side, (name, start) in enumerate(zip(("student", "teacher"), starts, strict=True)):
-            expected = [[int(p + start) for p in group] for group in groups[f"{name}_groups"]]
-            assert [list(map(int, group[side])) for group in found] == expected[: len(found)]
+def encoded(arrays, side, example):
+    """The answer as a batch of the product: tokens without bytes at its end are a slot of their own."""
+    span = answers(arrays, side, example)
+    bounds = arrays[f"{side}_byte_offsets"][example][span].astype(np.int64)
+    bounds -= bounds[0, 0]
+    text = bounds[:, 1] > bounds[:, 0]
+    size = bounds[text, 1].max()
+    ends = np.where(text, SCALE * bounds[:, 1], SCALE * (size + 1))
+    ids = arrays[f"{side}_input_ids"][example][span].astype(np.int32)
+    everything = np.ones(len(ids), bool)
+    slots = np.where(text, 2, 4).astype(np.int32)
+    width = np.array([SCALE * (size + 2)])
+    first = np.zeros(len(ids), np.uint8)
+    return EncodedBatch(ids, np.array([0, len(ids)]), ends, slots, everything, np.ones(1, bool), width, first)
 
 
-@pytest.fixture
-def merged(request, golden, arrays):
-    """(example, the student's logits, its ids, positions of each group) of the rows that the reference merges."""
-    example = request.param
-    listed = json.loads(golden_file(golden, "trl_gold_uld.json").read_text(encoding="utf-8"))
-    start = positions(arrays["student_labels"][example], 0)[0]
-    groups = [
-        [int(p + start) for p in group] for group in listed["alignment_groups_per_example"][example]["student_groups"]
-    ]
-    return example, torch.tensor(arrays["student_logits"][example]), arrays["student_input_ids"][example], groups
+def test_groups(arrays, listed, example):
+    """The reference's groups are our chunks, as far as both sides end at one byte."""
+    teacher, student, counts = align(*(encoded(arrays, side, example) for side in ("teacher", "student")), scored=False)
+    groups = listed[example]
+    pairs = list(zip(groups["student_groups"], groups["teacher_groups"], strict=True))
+    ends = {side: arrays[f"{side}_byte_offsets"][example][answers(arrays, side, example)][:, 1] for side in SIDES}
+    closed = [(s, t) for s, t in pairs if s and t and ends["student"][s[-1]] == ends["teacher"][t[-1]]]
+    found = [(np.flatnonzero(student == c).tolist(), np.flatnonzero(teacher == c).tolist()) for c in range(counts[0])]
+    assert found == closed
 
 
 def merged_by_the_product(rows, tokens, chunks):
@@ -167,55 +280,20 @@ def merged_by_the_product(rows, tokens, chunks):
     return torch.zeros(number, vocab).scatter(1, ids, found)
 
 
-def test_the_right_value_of_a_merged_row(merged):
-    """At the token that follows, a merged row is the probability of its chunk: the chain rule, and only "bayesian".
+@pytest.mark.parametrize("strategy", ["bayesian", "observed"])
+def test_merged_rows(arrays, listed, example, strategy):
+    """The rows that the reference merges, unnormalised; the file has both strategies on rows of the tokens themselves.
 
-    Derivation: P(t1..tn | before) = prod P(t_i | before, t1..t_(i-1)), and the row before t_i is the one that predicts
-    it. TRL's default reads the row of t_i itself and gives another number for every chunk.
+    There neither has a right row: they are off by one. The product's are one row earlier.
     """
-    _, logits, ids, groups = merged
-    logprob = torch.log_softmax(logits, -1)
-    for strategy, row in (("bayesian", -1), ("observed", 0)):
-        rows, tokens, chunks = laid_out(logits, ids, groups, strategy)
-        sequence = torch.log_softmax(rows, -1)
-        for number, group in enumerate(groups):
-            places = np.flatnonzero(chunks == number) - 1
-            chained = sum(sequence[p, tokens[p + 1]] for p in places)
-            right = sum(logprob[p - 1, ids[p]] for p in group)
-            shifted = sum(logprob[p, ids[p]] for p in group)
-            torch.testing.assert_close(chained, right if row else shifted)
-            assert abs(right - shifted) > 1e-2
-
-
-def test_merged_rows(merged, arrays):
-    """The rows that the reference merges are ours, unnormalised: they add up to the probability of the beginning.
-
-    The file has both strategies on the same rows, those of the tokens themselves.
-    """
-    example, logits, ids, groups = merged
-    logprob = torch.log_softmax(logits, -1)
-    for strategy in ("bayesian", "observed"):
-        found = merged_by_the_product(*laid_out(logits, ids, groups, strategy, shift=0))
-        np.testing.assert_allclose(found, arrays[f"merged_student_probs_{example}_{strategy}"], **VALUES)
-        for row, group in zip(found, groups, strict=True):
-            others = group[:-1] if strategy == "bayesian" else group[1:]
-            before = sum((logprob[p, ids[p]] for p in others), torch.zeros(()))
-            torch.testing.assert_close(row.sum(), before.exp())
-
-
-def test_the_right_merged_rows(merged, arrays):
-    """Ours: the row that predicts a chunk's last token, times the probability of its tokens before that one.
-
-    All of them one row earlier than in the file, where the strategies are off by one and so no row of either is right.
-    """
-    example, logits, ids, groups = merged
+    start = answers(arrays, "student", example)[0]
+    groups = [[p + start for p in group] for group in listed[example]["student_groups"] if group]
+    logits, ids = torch.tensor(arrays["student_logits"][example]), arrays["student_input_ids"][example]
     probability = torch.softmax(logits.double(), -1)
-    found = merged_by_the_product(*laid_out(logits, ids, groups, "bayesian"))
-    for number, group in enumerate(groups):
-        right = probability[group[-1] - 1].clone()
-        for p in group[:-1]:
-            right *= probability[p - 1, ids[p]]
-        np.testing.assert_allclose(found[number], right, **VALUES)
-        for strategy in ("bayesian", "observed"):
-            file = arrays[f"merged_student_probs_{example}_{strategy}"][number]
-            assert not np.allclose(right, file, **VALUES), (number, strategy)
+    for shift in (0, 1):
+        kept = [group for group in groups if group[0] >= shift]
+        theirs, right = (merged_rows(probability, ids, kept, strategy, floor, shift) for floor in (FLOOR, 0.0))
+        found = merged_by_the_product(*laid_out(logits, ids, kept, strategy, shift))
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=0)
+        if not shift:
+            np.testing.assert_allclose(theirs, arrays[f"merged_student_probs_{example}_{strategy}"], rtol=1e-4, atol=0)

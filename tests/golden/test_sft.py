@@ -10,6 +10,7 @@ import torch
 
 from stages.losses import sft
 from tests.conftest import golden_file
+from tests.golden.compare import gradients, values
 
 
 def test_sft(golden):
@@ -29,10 +30,10 @@ def test_sft(golden):
         count = sft.target_rows(whole.reshape(-1), np.arange(len(whole) + 1) * length)
         # tokenkit divides means: of the batch by that of the global batch, which has more rows.
         value = total / len(count) * (len(whole) / rows)
-        np.testing.assert_allclose(value.item(), case["loss"], rtol=1e-4, atol=1e-6)
+        values(value.item(), case["loss"])
         value.backward()
         number = case["id"].split("_")[1]
-        np.testing.assert_allclose(logits.grad.numpy(), z[f"sft_grad_{number}"], rtol=1e-3, atol=1e-6)
+        gradients(logits.grad.numpy(), z[f"sft_grad_{number}"])
 
 
 def test_dskd(golden):
@@ -46,4 +47,4 @@ def test_dskd(golden):
     observed = torch.nn.functional.pad(observed, (0, 1), value=torch.nan).flatten()  # no token after the last
     total, _ = sft.loss({"observed_logprob": observed}, {"rows": rows}, {})
     assert len(rows) == (labels != -100).sum()
-    np.testing.assert_allclose(total.item(), z["cross_entropy_sum"], rtol=1e-4, atol=1e-6)
+    values(total.item(), z["cross_entropy_sum"])

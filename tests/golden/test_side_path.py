@@ -10,6 +10,7 @@ from stages.losses import side_path
 from stages.losses.chunks import run_ends
 from stages.losses.mapped import Likeliest
 from tests.conftest import golden_file, golden_folder
+from tests.golden.compare import gradients, values
 
 
 def pytest_generate_tests(metafunc):
@@ -61,9 +62,11 @@ def test_case(case, found):
     arrays = {name: torch.as_tensor(value) for name, value in prepared.arrays.items()}
     total, masses = side_path.loss(student, arrays, case)
     value = total / prepared.count
-    np.testing.assert_allclose(value.item(), case["loss"], rtol=1e-4, atol=1e-6)
+    values(value.item(), case["loss"])
     for side in ("teacher", "student"):
         mass = masses[f"{side}_matched_mass"].item() / prepared.count
         assert mass == pytest.approx(case["scalar_report"][f"{side}_side_path_aligned_pmass"], rel=1e-4)
     value.backward()
-    np.testing.assert_allclose(logits.grad, found[f"grad_student_logits_{case['id']}"], rtol=1e-3, atol=1e-6)
+    expected = found[f"grad_student_logits_{case['id']}"]
+    # A row's matched tokens can cancel to nothing but rounding: it is that of the greatest row.
+    gradients(logits.grad, expected, of=np.abs(expected).max(keepdims=True))

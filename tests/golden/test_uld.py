@@ -9,14 +9,12 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 
 from stages.losses import uld
-from tests.conftest import golden_file
+from tests.conftest import golden_file, golden_folder
+from tests.golden.compare import gradients, values
 from tests.unit.dense import evaluate, signals_of
-
-VALUES, GRADIENTS = {"rtol": 1e-4, "atol": 1e-6}, {"rtol": 1e-3, "atol": 1e-6}
 
 
 def batch(rows):
@@ -41,22 +39,24 @@ def evaluated(teacher, student, teacher_rows, student_rows):
     return total, count, logits
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_tokenkit(golden, number):
-    arrays = np.load(golden_file(golden, "tokenkit_sft_uld.npz"))
-    (case,) = (
-        case
-        for case in json.loads(golden_file(golden, "tokenkit_sft_uld.json").read_text(encoding="utf-8"))
-        if case["id"] == f"uld_{number}"
-    )
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        path = golden_folder(metafunc.config) / "tokenkit_sft_uld.json"
+        cases = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        cases = [case for case in cases if case["id"].startswith("uld_")]
+        metafunc.parametrize("case", cases, ids=[case["id"] for case in cases])
+
+
+def test_tokenkit(golden, case):
+    arrays, number = np.load(golden_file(golden, "tokenkit_sft_uld.npz")), case["id"].removeprefix("uld_")
     mask = arrays["uld_attention_mask_student"].astype(bool)
     sides = arrays[f"uld_teacher_logits_{number}"], arrays[f"uld_student_logits_{number}"]
     assert [side.shape[-1] for side in sides] == [case["V_teacher"], case["V_student"]]
     total, count, logits = evaluated(*sides, mask, mask)
     assert count == mask.sum()
-    np.testing.assert_allclose((total / count).item(), case["loss"], **VALUES)
+    values((total / count).item(), case["loss"])
     (total / count).backward()
-    np.testing.assert_allclose(logits.grad, arrays[f"uld_grad_{number}"], **GRADIENTS)
+    gradients(logits.grad, arrays[f"uld_grad_{number}"])
 
 
 def test_dskd(golden):
@@ -65,6 +65,6 @@ def test_dskd(golden):
     total, count, logits = evaluated(arrays["teacher_logits"], arrays["student_logits"], *rows)
     moved = [arrays[f"{side}_target_after_rotation"] != -100 for side in ("teacher", "student")]
     assert count == (moved[0] & moved[1]).sum()
-    np.testing.assert_allclose(total.item(), arrays["uld_loss"], **VALUES)
+    values(total.item(), arrays["uld_loss"])
     total.backward()
-    np.testing.assert_allclose(logits.grad, arrays["grad_student_logits"], **GRADIENTS)
+    gradients(logits.grad, arrays["grad_student_logits"])

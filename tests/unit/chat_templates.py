@@ -281,9 +281,23 @@ ALWAYS_ASKS = (
     "{{ message.content + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}"
 )
 
+DEFAULT_SYSTEM = """{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\\nBe helpful.<|im_end|>\\n' }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' }}
+    {%- if not loop.last or add_generation_prompt %}{{- '\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+
+ONLY_CONTENTS = (
+    "{% for message in messages %}{{ message.content }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+)
+
 # name -> (template, what closes an answer that is not the last, what closes the last)
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>\n", "<|im_end|>\n"),
+    "default_system": (DEFAULT_SYSTEM, "<|im_end|>", "<|im_end|>"),
+    "only_contents": (ONLY_CONTENTS, "\n", ""),
     "llama2": (LLAMA_2, " </s>", " </s>"),
     "llama3": (LLAMA_3, "<|eot_id|>", "<|eot_id|>"),
     "llama3.1": (LLAMA_3_1, "<|eot_id|>", "<|eot_id|>"),

@@ -11,8 +11,8 @@ from stages.alignment.statistics import PairStatistics
 from stages.artifacts.schemas import TOKENS
 from stages.artifacts.tables import read_table
 from stages.core.errors import UserError
-from stages.models.description import check_rows
-from stages.tokenization.sources import load
+from stages.models.description import usable
+from stages.tokenization import ByteView
 from tests.unit import tiny
 from tests.unit import tokenizers_zoo as zoo
 
@@ -56,7 +56,7 @@ def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match=r"Tokenizer \S+/nowhere is neither a folder nor a Hub id"):
         run(tmp_path / "results", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-        load(tmp_path / "nowhere")
+        ByteView.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("files", [("vocab.json", "merges.txt"), ("tokenizer.model", "tokenizer_config.json"), ()])
@@ -88,13 +88,13 @@ def test_damaged_tokenizer(tmp_path, content, sentence):
 
 
 def test_holes_have_no_bytes_and_are_never_used(tmp_path):
-    view = load(run(tmp_path / "results", folder_of(tmp_path / "source", holes_from_350)))
+    view = ByteView.load(run(tmp_path / "results", folder_of(tmp_path / "source", holes_from_350)))
     holes = range(350, 370)
     assert view.vocab_size == 420 and not view.special_ids & set(holes)
     assert {view.token_bytes[i] for i in holes} == {None} and not view.lengths[holes].any()
     rows = read_table(tmp_path / "results/tokenizers/t/tokens.parquet", TOKENS).to_pylist()
     assert [row["id"] for row in rows] == list(range(420)) and all(rows[i]["role"] is None for i in holes)
-    whole = load(folder_of(tmp_path / "whole"))
+    whole = ByteView.load(folder_of(tmp_path / "whole"))
     statistics = PairStatistics(whole, view)
     examples = [zoo.plain(text) for text in zoo.TEXT]
     statistics.add(examples, statistics.encode(examples), [True] * len(examples))
@@ -126,12 +126,12 @@ def test_added_tokens_beyond_the_embedding(tmp_path):
     def change(definition):
         definition["added_tokens"] += [added(400), added(401, "<x>", special=False)]
 
-    view = load(run(tmp_path / "results", folder_of(tmp_path / "source", change)))
+    view = ByteView.load(run(tmp_path / "results", folder_of(tmp_path / "source", change)))
     assert view.vocab_size == 402 and view.token_bytes[401] == b"<x>" and 400 in view.special_ids
     assert view.encode_texts(["a<x><|new|>"])[0].ids.tolist().count(401) == 1
     model = tiny.llama(tmp_path / "model", 400)
     with pytest.raises(UserError, match=r"'m' has 400 embedding rows but tokenizer '.*' has 402 ids"):
-        check_rows(model, "m", view.vocab_size, view.name)
+        usable(view, model, "m")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_normalizer_that_changes_rare_text_is_counted(tmp_path):
         made.normalizer = normalizers.Replace("``", '"')
         definition["normalizer"] = json.loads(made.to_str())["normalizer"]
 
-    view = load(run(tmp_path / "results", folder_of(tmp_path / "source", change)))
+    view = ByteView.load(run(tmp_path / "results", folder_of(tmp_path / "source", change)))
     statistics = PairStatistics(zoo.views()["qwen"], view)
     examples = [zoo.plain("so ``it'' is"), zoo.plain("so it is")]
     statistics.add(examples, statistics.encode(examples), [True, True])
@@ -174,6 +174,6 @@ def test_a_normalizer_that_changes_rare_text_is_counted(tmp_path):
 def test_flags_of_added_tokens_that_eat_whitespace_are_dropped(tmp_path):
     made = zoo.byte_level(SPECIALS)
     made.add_tokens([AddedToken("<think>", lstrip=True, rstrip=True)])
-    view = load(zoo.save(made, tmp_path, eos_token=SPECIALS[0]))
+    view = ByteView.load(zoo.save(made, tmp_path, eos_token=SPECIALS[0]))
     tokens = view.encode_texts(["a <think> b"])[0]
     assert tokens.exact and view.join(tokens.ids) == b"a <think> b"

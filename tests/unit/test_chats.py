@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from stages.core.errors import UserError
-from stages.corpora.messages import OtherParts, turns_of
-from stages.tokenization import encoding
+from stages.corpora.cutting import Turn
+from stages.corpora.messages import NotText, turns_of
+from stages.tokenization import ByteView, encoding
 from stages.tokenization.chat import Chats
 from stages.tokenization.definition import add_token
 from stages.tokenization.rendering import RENDER_DATE, ChatTemplate
 from stages.tokenization.shapes import sought_by
-from stages.tokenization.sources import load, prepare, write
+from stages.tokenization.sources import prepare, write
 from stages.tokenization.spec import TokenizerSpec
 from tests.conftest import SHARED
 from tests.unit import tokenizers_zoo as zoo
@@ -79,8 +80,7 @@ CHATS = {
 
 
 def slots_of(messages):
-    turns = turns_of(messages, "a row")
-    return [dict(zip(("role", "text", "fields"), turn, strict=False), loss=turn[0] == "assistant") for turn in turns]
+    return [turn._asdict() | {"loss": turn.role == "assistant"} for turn in turns_of(messages, "a row")]
 
 
 class Side:
@@ -99,7 +99,7 @@ class Side:
         (changed / "tokenizer.json").write_text(json.dumps(definition))
         (changed / "tokenizer_config.json").write_text(json.dumps(named))
         write(prepare(changed, TokenizerSpec(str(changed))), made)
-        self.view, self.theirs = load(made), PreTrainedTokenizerFast.from_pretrained(made)
+        self.view, self.theirs = ByteView.load(made), PreTrainedTokenizerFast.from_pretrained(made)
 
     def chats(self, source):
         return Chats(ChatTemplate(source, self.view.settings["variables"]), self.view)
@@ -232,7 +232,7 @@ def test_phi_3(tmp_path):
     folder = SHARED / "cases" / "phi3"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
-    view = load(folder)
+    view = ByteView.load(folder)
     batch = view.encode_examples([slots_of(CHATS["one round"])])
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     assert batch.ids.tolist() == theirs.apply_chat_template(CHATS["one round"], return_dict=False)
@@ -299,19 +299,19 @@ def test_parts_of_messages_that_are_no_content(name, kind, trained, sides):
 
 
 def test_rows_of_data_sets():
-    assert turns_of([{"role": "assistant", "content": None}], "x") == [("assistant", "")]
+    assert turns_of([{"role": "assistant", "content": None}], "x") == [Turn("assistant", "")]
     (turn,) = turns_of([{"role": "assistant", "content": None, "tool_calls": [call("{}")]}], "x")
-    assert turn[:2] == ("assistant", "") and json.loads(turn[2]) == {"tool_calls": [call("{}")], "content": None}
+    assert turn.text == "" and json.loads(turn.extra) == {"tool_calls": [call("{}")], "content": None}
     (turn,) = turns_of([{"from": "gpt", "value": "4", "reasoning_content": "sum", "tool_calls": []}], "x")
-    assert turn == ("assistant", "<think>\nsum\n</think>\n\n4", '{"reasoning_content": "sum"}')
+    assert turn == Turn("assistant", "<think>\nsum\n</think>\n\n4", True, '{"reasoning_content": "sum"}')
     parts = [{"type": "text", "text": "a"}, {"text": "b"}, "c"]
-    assert turns_of([{"role": "text", "content": parts}], "x") == [("user", "abc")]
+    assert turns_of([{"role": "text", "content": parts}], "x") == [Turn("user", "abc")]
     for other in (
         {"type": "image"},
         {"type": "image_url", "image_url": {"url": "x.png"}},
         {"type": "text", "text": None},
     ):
-        with pytest.raises(OtherParts):
+        with pytest.raises(NotText):
             turns_of([{"role": "user", "content": [*parts, other]}], "x")
     with pytest.raises(UserError, match="a row: the reasoning of a message is dict, expected text"):
         turns_of([{"role": "assistant", "content": "x", "reasoning": {"a": 1}}], "a row")

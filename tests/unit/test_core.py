@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -175,6 +177,10 @@ stage.run(main)
             "error: No space left on device (while",
         ),
         ("KeyError('x')", 1, "error: KeyError: 'x'"),
+        ("AssertionError()", 1, "error: AssertionError: <string>, line 3:"),
+        ("ValueError('one\\n  two') from KeyError('x')", 1, "error: ValueError: one two (KeyError: 'x')"),
+        ("BrokenPipeError(32, 'Broken pipe')", 1, "error: BrokenPipeError: [Errno 32] Broken pipe"),
+        ("MemoryError()", 1, "error: MemoryError: <string>, line 3:"),
         ("OSError(5, 'Input/output error')", 1, "error: OSError: [Errno 5] Input/output error"),
     ],
 )
@@ -183,3 +189,110 @@ def test_last_line_of_a_program_says_what_ended_it(tmp_path, raised, status, sen
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == status
     assert done.stderr.splitlines()[-1].startswith(sentence)
+
+
+def as_program(folder, body, *arguments, shell="{}"):
+    """Run a program that ends as `python -m program` would end."""
+    text = f"from stages.core import stage\nimport sys\ndef main():\n    {body}\nif __name__ == '__main__':\n    "
+    (folder / "program.py").write_text(text + "stage.run(main)\n")
+    command = shell.format(" ".join([sys.executable, "-m", "program", *map(str, arguments)]))
+    paths = os.pathsep.join([str(folder), str(Path(__file__).resolve().parents[2])])
+    environment = os.environ | {"PYTHONPATH": paths}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+
+
+def test_traceback_goes_to_the_log_and_one_sentence_to_the_terminal(tmp_path):
+    log = tmp_path / "logs" / "program.log"
+    body = "stage.parse('stages.core.stage', None); assert sys is None"
+    spec = "'{\"inputs\":{}}'"
+    done = as_program(tmp_path, body, "--root", tmp_path, "--manifest", "m.json", "--spec", spec, "--log", log)
+    assert done.returncode == 1 and done.stdout == ""
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("error: AssertionError: ") and "assert sys is None" in sentence
+    assert f"in program; the traceback is in {log}" in sentence
+    text = log.read_text()
+    assert "Traceback (most recent call last)" in text and text.splitlines()[-1] == sentence
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+@pytest.mark.parametrize("read", [0, 1])
+def test_nobody_reads_on(tmp_path, lines, read):
+    shell = f"{{}} | head -n {read}; exit ${{{{PIPESTATUS[0]}}}}"
+    done = as_program(tmp_path, f"[print(i) for i in range({lines})]", shell=shell)
+    expected = {0, 128 + signal.SIGPIPE} if lines == 1 else {128 + signal.SIGPIPE}  # one line fits into the pipe
+    assert done.stderr == "" and done.returncode in expected
+
+
+def test_interrupt_is_quiet(tmp_path):
+    done = as_program(tmp_path, "raise KeyboardInterrupt")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")
+
+
+def test_everything_is_written_before_the_old_artifact_goes(tmp_path, monkeypatch):
+    """A disk that is full when the manifest is written leaves what was there."""
+    path = tmp_path / "manifest.json"
+    publish(path, "one")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        publish(path, "other")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def planned(root, **changes):
+    """Publish an artifact made of another; the arguments that `outdated` compares it with."""
+    publish(root / "a/manifest.json", "one")
+    upstream = artifact.read_manifest(root / "a/manifest.json", "a/manifest.json")
+    asked = {"spec": {"x": 1, "inputs": {"a": "l"}}, "code": "c"}
+    lineage = specs.lineage(specs.canonical(asked["spec"]), "c")
+    path = root / "b/manifest.json"
+    with artifact.publish(path, stage="s", lineage=lineage, inputs={"a": upstream}, **asked) as draft:
+        (draft.folder / "data.txt").write_text("text")
+    return {"manifest_path": path, "root": root} | asked | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, None),
+        ({"spec": {"x": 2, "inputs": {"a": "l"}}}, "made of other settings"),
+        ({"spec": {"x": 1, "inputs": {"a": "m"}}}, "made of other inputs"),
+        ({"code": "d"}, "made of other code"),
+        ({"spec": {"x": 2, "inputs": {}}, "code": "d"}, "made of other settings and inputs and code"),
+    ],
+)
+def test_an_artifact_on_disk_is_the_planned_one_or_says_what_differs(tmp_path, changes, sentence):
+    found = artifact.outdated(**planned(tmp_path, **changes))
+    assert found is None if sentence is None else sentence in found
+    assert artifact.is_finished(**planned(tmp_path, **changes)) is (sentence is None)
+
+
+def test_files_tell_whether_an_artifact_is_finished(tmp_path, monkeypatch):
+    asked = planned(tmp_path)
+    (tmp_path / "b/data.txt").write_text("TEXT")
+    assert artifact.outdated(**asked) is None and not artifact.is_finished(**asked)
+    (tmp_path / "b/data.txt").write_text("text")
+    assert artifact.is_finished(**asked)
+    publish(tmp_path / "a/manifest.json", "two")
+    assert "made of a/manifest.json before that was built again" in artifact.outdated(**asked)
+    publish(tmp_path / "a/manifest.json", "one")
+    monkeypatch.setattr(artifact, "_versions", lambda: {"torch": "0"})
+    assert artifact.outdated(**asked) is None and not artifact.is_finished(**asked)
+
+
+def test_planned_run_keeps_a_finished_artifact(tmp_path, capsys):
+    digest = code.code_digest("stages.core.stage")
+    argv = ["--root", str(tmp_path), "--manifest", "m/manifest.json", "--spec", '{"inputs":{}}', "--code", digest]
+    job = stage.parse("stages.core.stage", None, argv)
+    with job.publish() as draft:
+        (draft.folder / "data.txt").write_text("text")
+    with pytest.raises(SystemExit) as end:
+        stage.parse("stages.core.stage", None, argv)
+    assert not end.value.code and "kept" in capsys.readouterr().out
+    assert stage.parse("stages.core.stage", None, argv[:-2]).lineage == job.lineage
+    (tmp_path / "m/data.txt").write_text("TEXT")
+    assert stage.parse("stages.core.stage", None, argv).lineage == job.lineage

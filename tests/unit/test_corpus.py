@@ -12,7 +12,7 @@ from stages.artifacts.schemas import EXAMPLES
 from stages.artifacts.tables import identity_of, read_table
 from stages.core.artifact import file_digest, read_manifest
 from stages.core.errors import UserError
-from stages.corpora.cutting import cut_text, cut_turns
+from stages.corpora.cutting import Turn, cut_text, cut_turns
 from stages.corpora.python_docs import python_documents
 
 TEXT = st.text(st.sampled_from("aaabé🎉 \n\t\r"), max_size=90)
@@ -64,28 +64,29 @@ def test_cut_text_prefers_newlines_then_words():
     assert cut_text("", 8) == [""]
 
 
-TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT, st.booleans()), max_size=8)
+TURNS = st.lists(st.builds(Turn, st.sampled_from(["system", "user", "assistant"]), TEXT, st.booleans()), max_size=8)
 
 
 @given(turns=TURNS, max_bytes=st.integers(8, 80))
 def test_cut_turns(turns, max_bytes):
     examples = cut_turns(turns, max_bytes)
-    assert all(sum(len(text.encode()) for _, text, _ in example) <= max_bytes for example in examples)
-    assert "".join(text for example in examples for _, text, _ in example) == "".join(text for _, text, _ in turns)
+    assert all(sum(len(turn.text.encode()) for turn in example) <= max_bytes for example in examples)
+    assert "".join(turn.text for part in examples for turn in part) == "".join(turn.text for turn in turns)
     whole = [turn for turn in turns if len(turn[1].encode()) <= max_bytes]
     assert [turn for example in examples for turn in example if turn[0] != "text"] == whole
     for example in examples:
-        assert len(example) == 1 or all(role != "text" for role, _, _ in example)
+        assert len(example) == 1 or all(turn.role != "text" for turn in example)
 
 
 def test_exchanges_stay_together():
-    turns = [("user", "aaaa", False), ("assistant", "bbbb", True), ("user", "cccc", False), ("assistant", "dddd", True)]
+    said = (("user", "aaaa"), ("assistant", "bbbb"), ("user", "cccc"), ("assistant", "dddd"))
+    turns = [Turn(role, text, role == "assistant") for role, text in said]
     assert cut_turns(turns, 15) == [turns[:2], turns[2:]]
     assert cut_turns(turns, 16) == [turns]
-    assert cut_turns([("user", "x" * 20, False), ("assistant", "y", True)], 16) == [
-        [("text", "x" * 16, False)],
-        [("text", "x" * 4, False)],
-        [("assistant", "y", True)],
+    assert cut_turns([Turn("user", "x" * 20, False), Turn("assistant", "y")], 16) == [
+        [Turn("text", "x" * 16, False)],
+        [Turn("text", "x" * 4, False)],
+        [Turn("assistant", "y")],
     ]
 
 
@@ -186,7 +187,7 @@ def test_other_chat_shapes(tmp_path):
 
 
 def test_other_fields_of_messages_are_kept(tmp_path):
-    function = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Brno", "days": None}}}
+    function = {"type": "function", "function": {"name": "weather", "arguments": {"days": 2, "city": "Brno"}}}
     asked = [
         {"role": "user", "content": "Weather?", "weight": None},
         {"role": "assistant", "content": None, "tool_calls": [function], "reasoning": "a call"},
@@ -199,7 +200,7 @@ def test_other_fields_of_messages_are_kept(tmp_path):
         ("user", "Weather?", False), ("assistant", "<think>\na call\n</think>\n\n", True), ("tool", "18 C", False),
         ("assistant", "It is 18 C.", True),
     ]  # fmt: skip
-    fields = [slot["fields"] and json.loads(slot["fields"]) for slot in row["slots"]]
+    fields = [slot["extra"] and json.loads(slot["extra"]) for slot in row["slots"]]
     given = {"reasoning_content": "a call", "tool_calls": [function], "content": None}
     assert fields == [None, given, {"tool_call_id": "c1"}, None]
     assert row["bytes"] == sum(len(slot["text"]) for slot in row["slots"])
@@ -232,8 +233,8 @@ def test_rows_with_parts_that_are_no_text_are_left_out_and_counted(tmp_path, cap
     files = jsonl(tmp_path / "a.jsonl", {"messages": seen}, {"messages": CHAT})
     (row,) = build(tmp_path, kind="jsonl", files=files, heldout=0.0, train_on="all")["train"]
     assert row["slots"][0]["text"] == "q1"
-    assert read_manifest(tmp_path / "corpora/c/manifest.json")["metrics"]["rows_with_media"] == 1
-    assert "1 rows with media left out" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "corpora/c/manifest.json")["metrics"]["refused_rows"] == 1
+    assert "1 refused rows left out" in capsys.readouterr().out
 
 
 def test_untrained_examples_are_left_out(tmp_path):
@@ -277,7 +278,7 @@ def test_user_errors(tmp_path):
     jsonl(tmp_path / "role.jsonl", {"messages": [{"role": ["user"], "content": "x"}]})
     cases.append(("jsonl", "role.jsonl", {}, r"role of a message is \['user'\]"))
     jsonl(tmp_path / "parts.jsonl", {"messages": [{"role": "user", "content": ["x", 5]}]})
-    cases.append(("jsonl", "parts.jsonl", {}, r"found list, expected text"))
+    cases.append(("jsonl", "parts.jsonl", {}, r"leaves no training text"))
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     cases.append(("jsonl", "deep.jsonl", {}, r"line 1 is not JSON"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 nothing")

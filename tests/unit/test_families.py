@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from stages import initialize
 from stages.alignment.pair import Pair
@@ -14,6 +15,7 @@ from stages.artifacts.schemas import EXAMPLES
 from stages.core.errors import UserError
 from stages.embeddings import fvt
 from stages.embeddings.replacement import replace_embeddings
+from stages.evaluation.asked import AskedModel
 from stages.evaluation.scoring import token_bits
 from stages.generation.sampling import generate_batch
 from stages.losses import Loss, alm, sft
@@ -35,7 +37,6 @@ from .families import tiny as tiny_model
 
 # Families with embeddings of tokens in every layer, which cannot be given another tokenizer.
 FIXED = ("gemma3n_text",)
-pytestmark = pytest.mark.table
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
@@ -185,3 +186,23 @@ def test_bits(kind, views, table):
             logprob = torch.log_softmax(found.model(input_ids=ids).logits[0].double(), -1)
         expected = -logprob[:-1].gather(1, ids[0, 1:, None])[:, 0] / np.log(2)
         np.testing.assert_allclose(bits[start + 1 : end], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_asked_by_lm_eval(kind, views):
+    """Log-likelihoods that lm-eval's own class finds in a batch, and what it lets the model write."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(views[0].folder)
+    found = described(kind)
+    asked = AskedModel(found, tokenizer, 4)
+    pairs = [("the model reads", " text"), ("a", " list holds items"), ("strings are", " sequences of code points and")]
+    requests = [Instance("loglikelihood", {}, pair, n, ("task", n, 1)) for n, pair in enumerate(pairs)]
+    for (before, after), (value, _) in zip(pairs, asked.loglikelihood(requests, disable_tqdm=True), strict=True):
+        given, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in (before, before + after))
+        with torch.no_grad():
+            logprob = torch.log_softmax(found.model(input_ids=torch.tensor([whole])).logits[0].double(), -1)
+        places = range(len(given), len(whole))
+        assert value == pytest.approx(sum(float(logprob[p - 1, whole[p]]) for p in places), rel=1e-3)
+    settings = {"until": ["zzz"], "max_gen_toks": 4, "do_sample": False}
+    asks = [Instance("generate_until", {}, (pair[0], settings), n, ("task", n, 1)) for n, pair in enumerate(pairs)]
+    together = asked.generate_until(asks, disable_tqdm=True)
+    assert together == [asked.generate_until([ask], disable_tqdm=True)[0] for ask in asks]

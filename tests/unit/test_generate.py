@@ -17,8 +17,9 @@ from stages.artifacts.schemas import EXAMPLES, GENERATIONS, SCORES
 from stages.artifacts.tables import identity_of, read_table
 from stages.core import artifact
 from stages.core.errors import UserError
+from stages.corpora.cutting import Turn
 from stages.generation import sampling as sampler
-from stages.generation.prompts import Prompt, answer_of, answered_rows, prompts_of
+from stages.generation.prompts import Prompt, answer_of, answered_rows, encode_prompts, prompts_of
 from stages.planning import expand, plan, run, sources
 from stages.tokenization import ByteView
 
@@ -116,8 +117,8 @@ def test_greedy_answers_are_the_likeliest_tokens(world):
     for row in rows:
         text = corpus[row["source_id"]]["slots"][0]["text"]
         prompt = prompts_of(corpus[row["source_id"]], SPEC["prompt_bytes"])[0]
-        assert text.startswith(prompt.turns[0][1]) and 20 <= len(prompt.turns[0][1].encode()) <= 40
-        ids = [world.view.start_id, *world.view.encode_texts([prompt.turns[0][1]])[0].ids]
+        assert text.startswith(prompt.turns[0].text) and 20 <= len(prompt.turns[0].text.encode()) <= 40
+        ids = [world.view.start_id, *world.view.encode_texts([prompt.turns[0].text])[0].ids]
         assert row["prompt_tokens"] == len(ids)
         assert [*ids, *row["output_ids"]] == world.continued(ids, SAMPLING["max_new_tokens"])
         assert all(i < world.view.vocab_size for i in row["output_ids"])
@@ -214,7 +215,7 @@ def test_chats(world):
             assert [(slot["role"], slot["text"]) for slot in slots[:-1]] == [
                 (slot["role"], slot["text"]) for slot in CHAT[:before]
             ]
-            assert slots[-1] == {"role": "assistant", "text": row["answer"], "loss": True, "fields": None}
+            assert slots[-1] == {"role": "assistant", "text": row["answer"], "loss": True, "extra": None}
             assert not any(slot["loss"] for slot in slots[:-1])
 
 
@@ -234,15 +235,15 @@ def test_ends_of_answers(world):
     half = [bytes_of[b"\xc3"]]
     end, other = view.eos_id, next(i for i in sorted(view.special_ids) if view.role_of[i] == "pad")
     endings = frozenset({end})
-    assert answer_of(view, [*word, end], endings, False) == (" the", "stop")
-    assert answer_of(view, [*word, end], endings, True) == ("the", "stop")
-    assert answer_of(view, [*word, *accent], endings, False) == (" theé", "length")
-    assert answer_of(view, [*word, *half], endings, False) == (" the", "length")  # a character that is cut off
-    assert answer_of(view, [*word, *half, end], endings, False) == (" the", "invalid")
-    assert answer_of(view, [*word, *half, *word], endings, False) == (" the", "invalid")
-    assert answer_of(view, [*word, other, *word], endings, False) == (" the", "invalid")
-    assert answer_of(view, [end], endings, False) == ("", "stop")
-    assert answer_of(view, [], endings, False) == ("", "length")
+    assert answer_of(view, [*word, end], endings, ("", "")) == (" the", "stop")
+    assert answer_of(view, [*word, end], endings, (" ", "")) == ("the", "stop")
+    assert answer_of(view, [*word, *accent], endings, ("", "")) == (" theé", "length")
+    assert answer_of(view, [*word, *half], endings, ("", "")) == (" the", "length")  # a character that is cut off
+    assert answer_of(view, [*word, *half, end], endings, ("", "")) == (" the", "invalid")
+    assert answer_of(view, [*word, *half, *word], endings, ("", "")) == (" the", "invalid")
+    assert answer_of(view, [*word, other, *word], endings, ("", "")) == (" the", "invalid")
+    assert answer_of(view, [end], endings, ("", "")) == ("", "stop")
+    assert answer_of(view, [], endings, ("", "")) == ("", "length")
 
 
 def test_truncated_answers_are_left_out(world):
@@ -310,16 +311,30 @@ TEXT = st.text(st.sampled_from("ab é🎉\n"), min_size=1, max_size=60)
 
 @given(TEXT, TEXT, st.integers(16, 40))
 def test_nothing_is_lost_when_answers_are_cut(start, rest, max_bytes):
-    plain = Prompt("d:0", 1, (("text", start),), True)
+    plain = Prompt("d:0", 1, (Turn("text", start),), True)
     rows = answered_rows(plain, rest, True, max_bytes)
     slots = [slot for row in rows for slot in row["slots"]]
     assert "".join(slot["text"] for slot in slots if slot["loss"]) == rest
     assert all(row["bytes"] <= max_bytes and row["slots"][-1]["loss"] for row in rows)
     assert rows[-1]["ends_document"] and [row["ends_document"] for row in rows[:-1]] == [False] * (len(rows) - 1)
-    chat = Prompt("d:0", 1, (("user", start),), True)
+    chat = Prompt("d:0", 1, (Turn("user", start, False),), True)
     rows = answered_rows(chat, rest, True, max_bytes)
     assert "".join(slot["text"] for row in rows for slot in row["slots"] if slot["loss"]) == rest
     assert all(row["bytes"] <= max_bytes for row in rows)
+
+
+def test_prompts_of_real_tokenizers(tokenizers_dir):
+    """A prompt is what the template puts before an answer; what follows it are the answer's own tokens."""
+    prompt = Prompt("c:0", 2, tuple(Turn(slot["role"], slot["text"]) for slot in CHAT[1:2]), True)
+    for name in ("gpt2", "llama2", "qwen1.5"):
+        view = ByteView.load(tokenizers_dir / name)
+        encoded = encode_prompts(view, [prompt])
+        whole = view.encode_examples([[CHAT[1], {"role": "assistant", "text": "Hello there.", "loss": True}]])
+        size = len(encoded.ids[0])
+        assert np.array_equal(whole.ids[:size], encoded.ids[0]), name
+        end = np.flatnonzero(whole.loss)[-1] + 1
+        endings = frozenset(view.special_ids)
+        assert answer_of(view, whole.ids[size:end].tolist(), endings, encoded.leads[0])[0].strip() == "Hello there."
 
 
 GENERATED = {"kind": "generated", "teacher": "big", "prompts": "docs"}
@@ -343,7 +358,6 @@ def planned(config, schema, tmp_path):
         ({"prompt_bytes": 2048}, "corpora.answers.prompt_bytes. is 2048, which leaves no room"),
         ({"sampling": {"top_p": 0}}, "corpora.answers.sampling.top_p.*more than 0"),
         ({"sampling": {"temperature": 0}}, "corpora.answers.sampling.temperature.*more than 0"),
-        ({"enable_thinking": "yes"}, "corpora.answers.enable_thinking"),
         ({"sampling": {"max_tokens": 5}}, "corpora.answers.sampling.max_tokens.*max_new_tokens"),
     ],
 )
@@ -373,12 +387,8 @@ def test_plan_of_text_distillation(schema, tmp_path):
     assert made.stage == "generate" and set(made.spec["inputs"]) == {"corpus", "tokenizer"}
     assert made.spec["sampling"] == {"do_sample": False, "max_new_tokens": 512} and "seed" not in made.spec
     assert set(nodes["students/seqkd/manifest.json"].spec["inputs"]) == {"corpus", "tokenizer"}
-    assert made.spec["enable_thinking"] is None
     controls = {entry["name"]: entry["control"] for entry in nodes["summary/manifest.json"].spec["experiments"]}
     assert controls == {"seqkd": "sft", "sft": None, "alm": "sft"}
-    config["corpora"]["answers"] = GENERATED | {"enable_thinking": True}
-    asked = planned(config, schema, tmp_path)["corpora/answers/manifest.json"]
-    assert asked.spec["enable_thinking"] is True and asked.lineage != made.lineage
     # What greedy search does not read makes nothing new; what draws read does.
     config["corpora"]["answers"] = GENERATED | {"sampling": {"top_p": 0.5}, "seed": 9}
     assert planned(config, schema, tmp_path) == nodes

@@ -75,3 +75,25 @@ def test_no_circle(imports):
 @pytest.mark.parametrize("low", ["signals", "evaluation", "generation"])
 def test_training_is_nothing_to_those_who_serve_it(imports, low):
     assert not [f"{a} imports {b}" for a, b in pairs(imports) if room(a) == low and room(b) == "training"]
+
+
+ASKED = {"get_text_config", "generation_config", "get_input_embeddings", "get_output_embeddings", "base_model"}
+
+
+def test_only_models_looks_at_the_attributes_of_a_model(repository):
+    """What is assumed of a model is asked in `stages/models`, by everything else of its description."""
+    found = [
+        f"{path.name}, line {node.lineno}: {node.attr}"
+        for path in (repository / "stages").rglob("*.py")
+        if path.parent.name != "models"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and (node.attr in ASKED or (node.attr == "config" and _is_a_model(node.value)))
+    ]
+    assert not found
+
+
+def _is_a_model(node):
+    """Whether an expression is called as models are: model, teacher, student, ....model."""
+    name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+    return name in ("model", "teacher", "student", "outer")

@@ -1,19 +1,25 @@
 """inspect and verify: readable, decoded, one sentence for a wrong path, no heavy import."""
 
 import json
+import re
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from stages import inspect as program
 from stages import verify
 from stages.artifacts import schemas
 from stages.core import artifact
 from stages.core.errors import UserError
+from stages.planning import expand, plan, run, sources
 from tests.unit import tiny
 
 
@@ -66,10 +72,13 @@ def signals(root):
     row |= {name: [-0.5] * 5 for name in ("observed_logprob", "boundary_logprob", "eos_logprob")}
     tokenizer = artifact.read_manifest(root / "tokenizers/t/manifest.json", "tokenizers/t/manifest.json")
     arguments = {"stage": "teacher_signals", "spec": {"inputs": {}}, "code": "0", "lineage": "1" * 32}
-    with artifact.publish(
-        root / "teachers/big/docs/part-0000.manifest.json", **arguments, inputs={"tokenizer": tokenizer}
-    ) as draft:
+    shard = root / "teachers/big/docs/part-0000.manifest.json"
+    with artifact.publish(shard, **arguments, inputs={"tokenizer": tokenizer}) as draft:
         (draft.folder / "part-0000.parquet").write_bytes(parquet([row], schema))
+    shards = [artifact.read_manifest(shard, "teachers/big/docs/part-0000.manifest.json")]
+    arguments["stage"] = "teacher_index"
+    with artifact.publish(root / "teachers/big/docs/manifest.json", **arguments, inputs={"shards": shards}) as draft:
+        (draft.folder / "shards.json").write_text("{}")
 
 
 def shown(capsys, path):
@@ -83,8 +92,10 @@ def test_corpus_as_text(root, capsys):
     assert tiny.text(0, 3) in out
 
 
-def test_signals_are_decoded(root, capsys):
-    out = shown(capsys, root / "teachers/big/docs/part-0000.parquet")
+@pytest.mark.parametrize("name", ["", "manifest.json", "part-0000.parquet", "part-0000.manifest.json"])
+def test_signals_are_decoded(root, capsys, name):
+    """By the folder of a teacher's signals, its index, a shard or the shard's file."""
+    out = shown(capsys, root / "teachers/big/docs" / name)
     tokens = pq.read_table(root / "tokenizers/t/tokens.parquet").to_pylist()
     assert "tokenizer: tokenizers/t/manifest.json" in out
     for index in (270, 271, 272):
@@ -115,6 +126,39 @@ def test_model_header(root, capsys, tmp_path):
 def test_overview_lists_artifacts(root, capsys):
     out = shown(capsys, root)
     assert "corpora/docs/manifest.json" in out and "mined_mapping" in out
+
+
+def test_folder_of_several_artifacts_is_listed(root, capsys, tmp_path):
+    """Also where one of them has its manifest in the folder itself, as the report and a teacher's head have."""
+    copy = tmp_path / "results"
+    shutil.copytree(root, copy)
+    tiny.publish(copy / "teachers/big/head.manifest.json", "teacher_head", {"head.txt": b"x"})
+    out = shown(capsys, copy / "teachers/big")
+    assert "head.manifest.json" in out and "docs/part-0000.manifest.json" in out
+
+
+def readme_paths(repository):
+    """The paths in README's commands that look at results."""
+    return re.findall(r"python -m stages\.(?:inspect|verify) (\S+)", (repository / "README.md").read_text())
+
+
+def test_readme_looks_at_what_the_demo_makes(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    config = yaml.safe_load((repository / "config/config.yaml").read_text())
+    schema = yaml.safe_load((repository / run.SCHEMA).read_text())
+    nodes = plan.build(expand.expand(config, schema), sources.Digests(Path("/nonexistent/digests.json")))
+    made = {f"results/{config['name']}/{manifest}" for manifest in nodes}
+    found = readme_paths(repository)
+    assert found
+    for path in found:
+        assert f"{path}/manifest.json" in made or path == f"results/{config['name']}", path
+
+
+@pytest.mark.parametrize("module", ["inspect", "verify"])
+def test_reader_that_goes_away_ends_the_program_quietly(root, module):
+    command = f"{sys.executable} -m stages.{module} {root} | head -n 0; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode in (0, 128 + signal.SIGPIPE)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +207,6 @@ def test_verify(tmp_path, capsys):
 
 
 def test_verify_sees_a_rebuilt_input(root, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "results"
     shutil.copytree(root, copy)
     path = copy / "tokenizers/t/manifest.json"

@@ -206,7 +206,7 @@ def test_fewer_rows_than_tokens_are_refused_by_lm_eval(world):
     pytest.importorskip("lm_eval")
     spec = {"model": MODEL | {"name": "student"}, "suite": {"kind": "lm_eval", "tasks": []}, "seed": 0}
     inputs = {"tokenizer": world.teacher_tokenizer, "model": world.student}
-    with pytest.raises(UserError, match="300 embedding rows but tokenizer 'big' has 400 ids"):
+    with pytest.raises(UserError, match=r"300 embedding rows but tokenizer '.*big' has 400 ids"):
         world.run(evaluate.main, "evaluations/few/manifest.json", spec, **inputs)
 
 

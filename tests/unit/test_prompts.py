@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from stages.corpora.cutting import Turn
 from stages.generation.prompts import Prompt, answer_of, answered_rows, encode_prompts, prompts_of
 from stages.tokenization import ByteView
-from stages.tokenization.sources import load
 from tests.unit import tokenizers_zoo as zoo
 
 REASONING = """{%- for m in messages %}
@@ -28,19 +28,19 @@ def test_reasoning_is_asked_for_and_kept(special, tmp_path):
     """The block that a prompt opens is a part of the answer, whether or not its marks are special tokens."""
     tokenizer = zoo.byte_level()
     (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(["<think>", "</think>"])
-    view = load(zoo.save(tokenizer, tmp_path, template=REASONING, eos_token="<|endoftext|>"))
-    prompt = Prompt("c:0", 1, (("user", "2+2?"),), True)
+    view = ByteView.load(zoo.save(tokenizer, tmp_path, template=REASONING, eos_token="<|endoftext|>"))
+    prompt = Prompt("c:0", 1, (Turn("user", "2+2?"),), True)
     endings = frozenset({view.special_named("<|im_end|>")})
     for asked, opened in ((None, "<think>\n"), (True, "<think>\n"), (False, "")):
         encoded = encode_prompts(view, [prompt], asked)
-        assert encoded.opened == [opened] and encoded.prefixed == [False]
+        assert encoded.leads == [("", opened)]
         said = "two and two\n</think>4" if opened else "4"
         whole = [zoo.chat(("user", "2+2?"), ("assistant", opened + said))]
         batch = view.encode_examples(whole)
         size = len(encoded.ids[0])
         assert np.array_equal(batch.ids[:size], encoded.ids[0])
-        answer, reason = answer_of(view, batch.ids[size:].tolist(), endings, False)
-        assert (answer, reason) == (said, "stop")
+        answer = answer_of(view, batch.ids[size:].tolist(), endings, encoded.leads[0])
+        assert answer == (opened + said, "stop")
 
 
 def test_prompts_with_calls(tmp_path):
@@ -48,12 +48,12 @@ def test_prompts_with_calls(tmp_path):
     template = "{% for m in messages %}{{ m.role + ':' + (m.content or '') }}"
     template += "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    view = load(zoo.save(zoo.byte_level(), tmp_path, template=template))
+    view = ByteView.load(zoo.save(zoo.byte_level(), tmp_path, template=template))
     call = {"tool_calls": [{"name": "f"}], "content": None}
     slots = [
         {"role": "user", "text": "q", "loss": False},
-        {"role": "assistant", "text": "", "loss": True, "fields": json.dumps(call)},
-        {"role": "tool", "text": "r", "loss": False, "fields": None},
+        {"role": "assistant", "text": "", "loss": True, "extra": json.dumps(call)},
+        {"role": "tool", "text": "r", "loss": False, "extra": None},
         {"role": "assistant", "text": "a", "loss": True},
     ]
     row = {"slots": slots, "example_id": "x", "starts_document": True}
@@ -64,20 +64,4 @@ def test_prompts_with_calls(tmp_path):
     assert written[0] == "user:q<|im_end|>assistant:"
     assert written[1] == 'user:q<|im_end|>assistant:[{"name": "f"}]<|im_end|>tool:r<|im_end|>assistant:'
     (answered,) = answered_rows(prompts[1], "b", True, 100)
-    assert [slot.get("fields") for slot in answered["slots"]] == [None, json.dumps(call), None, None]
-
-
-def test_prompts_of_real_tokenizers(tokenizers_dir):
-    """A prompt is what the template puts before an answer; what follows it are the answer's own tokens."""
-    prompt = Prompt("c:0", 2, (("user", "naïve café?"),), True)
-    for name in ("gpt2", "llama2", "qwen1.5"):
-        view = ByteView.load(tokenizers_dir / name)
-        encoded = encode_prompts(view, [prompt])
-        whole = view.encode_examples([zoo.chat(("user", "naïve café?"), ("assistant", "Hello there."))])
-        size = len(encoded.ids[0])
-        assert np.array_equal(whole.ids[:size], encoded.ids[0]), name
-        end = np.flatnonzero(whole.loss)[-1] + 1
-        endings = frozenset(view.special_ids)
-        assert (
-            answer_of(view, whole.ids[size:end].tolist(), endings, encoded.prefixed[0])[0].strip("\n") == "Hello there."
-        )
+    assert [slot.get("extra") for slot in answered["slots"]] == [None, json.dumps(call), None, None]

@@ -18,8 +18,8 @@ from stages.alignment.fertility import ALL, quantities_of, ratio_interval
 from stages.alignment.statistics import SIDES, PairStatistics, ahead
 from stages.artifacts.schemas import COVERAGE, FERTILITY
 from stages.inspection.samples import sample
+from stages.tokenization import ByteView
 from stages.tokenization.encoding import EncodedBatch
-from stages.tokenization.sources import load
 from tests.unit import tokenizers_zoo as zoo
 
 ALPHABET = st.sampled_from(list("the user 12 \n\t.,()=") + list("éжأ漢かカ한½🎉\u200d\u3000\u0301"))
@@ -102,7 +102,7 @@ def test_shared_tokens_count_by_bytes(texts):
 
 
 def test_words_belong_to_their_own_classes_and_slots():
-    view = load(zoo.save(zoo.byte_level(size=259)))  # a byte is a token
+    view = ByteView.load(zoo.save(zoo.byte_level(size=259)))  # a byte is a token
     rows = statistics_of((view, view), [zoo.chat(("user", "ab1 ж"), ("assistant", "x")), zoo.plain("2")]).summary()
     found = {row["class"]: row for row in rows["fertility"] if row["side"] == "student"}
     assert rows["words"] == 4 and found[ALL]["tokens_per_word"] == 8 / 4
@@ -172,7 +172,7 @@ def test_no_text_at_all():
 
 
 def test_text_that_a_vocabulary_cannot_spell_still_adds_up():
-    lossy = load(zoo.save(zoo.word_piece(pre_tokenizers.Metaspace(prepend_scheme="never")), unk_token="[UNK]"))
+    lossy = ByteView.load(zoo.save(zoo.word_piece(pre_tokenizers.Metaspace(prepend_scheme="never")), unk_token="[UNK]"))
     summary = statistics_of((lossy, "qwen"), [zoo.plain("the old 龍 user"), zoo.plain("龍")]).summary()
     rows = [row for row in summary["fertility"] if row["side"] == "teacher"]
     assert summary["sides"]["teacher"]["round_trip_failures"] == 2

@@ -38,6 +38,7 @@ EXPERIMENTS = [
     )
 ]
 for entry in EXPERIMENTS:
+    entry["group"] = None if entry["story"] == MOVED else entry["name"].removesuffix(f"-seed{entry['seed']}")
     entry |= {"student": "big" if entry["story"] == MOVED else "small", "teacher": "big", "tokenizer": "bytes-ish"}
 LEVELS = {"big": 1.90, "small": 2.31, "moved-fvt": 3.05, "moved-sft": 2.15, "moved-alm": 2.02}
 LEVELS |= {"small-sft-seed1": 2.301, "small-alm-seed1": 2.243, "small-sft-seed2": 2.305, "small-alm-seed2": 2.249}
@@ -71,8 +72,9 @@ def bits_evaluation(root, name, inputs, rng):
     ]
     value = sum(row["bits"] for row in rows) / sizes.sum()
     result = {"task": "python-docs", "metric": "bits_per_byte", "value": value, "stderr": 0.04, "n": 40}
+    result |= {"filter": "none", "higher_is_better": False, "aggregation": "mean", "leads": True}
     facts = {"forward_flops_per_byte": 4e5 if name.startswith("small") else 1.6e6, "suite": "bits_per_byte"}
-    files = {"results.json": facts | {"results": [result | {"higher_is_better": False}]}}
+    files = {"results.json": facts | {"notes": [], "results": [result]}}
     files["samples.parquet"] = parquet(rows, schemas.SCORES)
     return publish(root, f"evaluations/{name}/bpb/{SUFFIX}", "evaluate", files, inputs)
 
@@ -80,7 +82,8 @@ def bits_evaluation(root, name, inputs, rng):
 def task_evaluation(root, name, inputs, rng):
     right = rng.random(200) < 0.25 + 0.2 * (3.2 - LEVELS[name])
     rows = [
-        {"task": "cloze", "doc_id": i, "filter": "none", "metric": "acc", "value": float(ok)}
+        {"task": "cloze", "subtask": "cloze", "doc_id": i, "filter": "none", "metric": "acc"}
+        | {"value": float(ok), "weight": 1.0}
         for i, ok in enumerate(right)
     ]
     result = {
@@ -90,8 +93,13 @@ def task_evaluation(root, name, inputs, rng):
         "stderr": 0.034,
         "n": 200,
         "higher_is_better": True,
+        "filter": "none",
+        "aggregation": "mean",
+        "leads": True,
     }
-    files = {"results.json": {"results": [result]}, "samples.parquet": parquet(rows, schemas.TASK_SAMPLES)}
+    notes = [{"task": "cloze", "note": "<em>two</em> of 200 were odd"}] if name == "small" else []
+    files = {"results.json": {"suite": "lm_eval", "notes": notes, "results": [result]}}
+    files["samples.parquet"] = parquet(rows, schemas.TASK_SAMPLES)
     return publish(root, f"evaluations/{name}/cloze/{SUFFIX}", "evaluate", files, inputs)
 
 
@@ -303,6 +311,7 @@ def test_report_is_one_whole_page(root):
     ):
         assert expected in text
     assert "&lt;b&gt;&amp;amp" in text  # a token is text, never markup
+    assert "&lt;em&gt;two&lt;/em&gt; of 200 were odd" in text  # a note of an evaluation
     assert "prefer P-KL" in text and "&lt;cut&gt;" in text and "·&lt;i&gt;" in text
     assert "33.3 %" in text and "2.6 \u2013 2.8" in text and "100.00 %" in text and "0.00 %" in text
     assert text.count("<svg") == 7
@@ -320,35 +329,45 @@ def test_same_results_same_figures(root, tmp_path):
     }  # fmt: skip
 
 
+ROW = {
+    "a": "x", "b": "y", "label_a": "X", "label_b": "Y", "kind": "control", "story": "s", "suite": "bpb", "task": "docs",
+    "suite_kind": "bits_per_byte", "metric": "bits_per_byte", "filter": "none", "leads": True, "value_a": 2.0,
+    "value_b": 2.1, "difference": -0.1, "low": -0.15, "high": -0.05, "n": 40, "seeds": 1, "within_seeds": False,
+    "better": "a", "verdict": "difference", "reason": "",
+}  # fmt: skip
+
+
 def test_headline_sentences():
-    row = {
-        "a": "x",
-        "b": "y",
-        "kind": "control",
-        "story": "s",
-        "metric": "bits_per_byte",
-        "value_a": 2.0,
-        "value_b": 2.1,
-    }
-    row |= {
-        "n": 40,
-        "difference": -0.1,
-        "low": -0.15,
-        "high": -0.05,
-        "seeds": 1,
-        "better": "a",
-        "verdict": "difference",
-    }
-    text = headline.sentence(row, str.upper)
+    text = headline.sentence(ROW, "bits per byte")
     assert text.startswith(
         "X: 2.000 bits per byte, against 2.100 for Y. The teacher's signal improves it by 0.100 (95 %"
     )
-    noise = row | {"verdict": "within noise", "better": "", "high": 0.02}
-    assert "-0.100 is within noise (95 % interval -0.150 to +0.020)" in headline.sentence(noise, str.upper)
-    seeds = [row | {"a": f"x-seed{i}", "b": f"y-seed{i}"} for i in (1, 2)] + [row | {"seeds": 2}, noise | {"a": "z"}]
-    (section,) = headline.sections(seeds, ["s"], str)
+    noise = ROW | {"verdict": "within noise", "better": "", "high": 0.02}
+    assert "-0.100 is within noise (95 % interval -0.150 to +0.020)" in headline.sentence(noise, "bits per byte")
+    seeds = [ROW | {"a": name, "within_seeds": True} for name in ("p", "q")] + [ROW | {"seeds": 2}, noise | {"a": "z"}]
+    (section,) = headline.sections(seeds)
     assert section["lead"].endswith("against the same training on the text alone: 1 better, 1 within noise.")
     assert len(section["stories"][0]["items"]) == 2
+
+
+def test_headline_says_what_it_does_not_know():
+    nothing = ROW | {"verdict": "no paired comparison", "better": "", "reason": "a value is missing", "value_a": None}
+    assert "X: - bits per byte" in headline.sentence(nothing, "bits per byte")
+    assert "no paired comparison: a value is missing" in headline.sentence(nothing, "bits per byte")
+    unknown = ROW | {"better": "", "task": "t", "suite_kind": "lm_eval"}
+    assert "They differ by -0.100" in headline.sentence(unknown, "score")
+    (section,) = headline.sections([nothing, unknown | {"suite_kind": "bits_per_byte"}])
+    assert section["lead"].endswith("1 not compared in pairs, 1 different.")
+
+
+def test_headline_is_on_bits_per_byte_of_this_project_whatever_metrics_are_called():
+    ours = ROW | {"metric": "anything"}
+    theirs = ROW | {"suite": "z", "suite_kind": "lm_eval", "task": "t"}
+    (section,) = headline.sections([theirs, ours])
+    (item,) = section["stories"][0]["items"]
+    assert "2.000 anything" in item["text"]
+    (section,) = headline.sections([theirs, theirs | {"metric": "acc", "leads": False}])
+    assert [item["text"][:29] for item in section["stories"][0]["items"]] == ["X: 2.000 bits per byte of t, "]
 
 
 def test_layers_follow_inputs():

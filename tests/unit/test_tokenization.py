@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from stages.core.errors import UserError
 from stages.tokenization import ByteView
 from stages.tokenization.encoding import SCALE
-from stages.tokenization.sources import load, prepare, view_of, write
+from stages.tokenization.sources import prepare, write
 from stages.tokenization.spec import TokenizerSpec, parse_spec
 from tests.conftest import SHARED
 from tests.unit import tokenizers_zoo as zoo
@@ -118,7 +118,7 @@ def test_target_never_changes_text(target, text):
 @cache
 def _targeted(target):
     folder = zoo.views()["qwen"].folder
-    return view_of(prepare(folder, TokenizerSpec("x", "Qwen2", target)), folder)
+    return ByteView.of(prepare(folder, TokenizerSpec("x", "Qwen2", target)), folder)
 
 
 def test_specials_in_text_are_text_and_in_templates_special():
@@ -166,7 +166,7 @@ def test_header_that_ends_in_a_space_hands_it_to_the_dummy():
     template = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
     template += "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
     folder = zoo.save(zoo.legacy_llama(), template=template, bos_token="<s>", eos_token="</s>")
-    view, whole = load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    view, whole = ByteView.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     batch = view.encode_examples([zoo.chat(("user", "the user"), ("assistant", "the answer"))])
     assert view.join(batch.ids) == b" [INST] the user [/INST] the answer "
     rendered = "<s>[INST] the user [/INST] the answer </s>"
@@ -183,7 +183,7 @@ GEMMA = (
 
 
 def test_refused_conversations_are_composed():
-    view = load(zoo.save(zoo.gemma_like(), template=GEMMA, eos_token="</s>", pad_token="<unk>"))
+    view = ByteView.load(zoo.save(zoo.gemma_like(), template=GEMMA, eos_token="</s>", pad_token="<unk>"))
     for roles in (("system", "user", "assistant"), ("user", "user"), ("assistant",), ("tool", "user")):
         batch = view.encode_examples([zoo.chat(*((role, "x") for role in roles))])
         text = view.join(batch.ids).decode()
@@ -193,24 +193,24 @@ def test_refused_conversations_are_composed():
 
 def test_template_that_cannot_render_is_named():
     with pytest.raises(UserError, match=r"chat template of tokenizer .* cannot render.*never"):
-        load(zoo.save(zoo.byte_level(), template="{{ raise_exception('never') }}", eos_token="<|endoftext|>"))
+        ByteView.load(zoo.save(zoo.byte_level(), template="{{ raise_exception('never') }}", eos_token="<|endoftext|>"))
     with pytest.raises(UserError, match="cannot render"):
-        load(zoo.save(zoo.byte_level(), template="{% for m in messages %}{{ m.role }}{% endfor %}"))
+        ByteView.load(zoo.save(zoo.byte_level(), template="{% for m in messages %}{{ m.role }}{% endfor %}"))
 
 
 def test_templates_are_sandboxed_and_dated_alike():
     template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    view = load(zoo.save(zoo.byte_level(), template=template))
+    view = ByteView.load(zoo.save(zoo.byte_level(), template=template))
     assert view.join(view.encode_examples([zoo.chat(("user", "x"))]).ids) == b"2024x"
     escape = "{{ ''.__class__.__mro__ }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="cannot render"):
-        load(zoo.save(zoo.byte_level(), template=escape))
+        ByteView.load(zoo.save(zoo.byte_level(), template=escape))
 
 
 def test_generation_blocks_and_loop_controls_are_understood():
     template = "{% for m in messages %}{% if not m.content %}{% continue %}{% endif %}"
     template += "{% generation %}{{ m.role + ':' + m.content + '\n' }}{% endgeneration %}{% endfor %}"
-    view = load(zoo.save(zoo.byte_level(), template=template))
+    view = ByteView.load(zoo.save(zoo.byte_level(), template=template))
     assert (
         view.join(view.encode_examples([zoo.chat(("user", "x"), ("assistant", "y"))]).ids) == b"user:x\nassistant:y\n"
     )
@@ -226,10 +226,10 @@ def test_added_tokens_that_are_pieces_of_the_model_keep_the_models_bytes():
 def test_lossy_tokenizers_are_refused_with_what_was_lost():
     folder = zoo.save(zoo.bert_uncased(), unk_token="[UNK]")
     with pytest.raises(UserError, match="'Hello' comes back as 'hello'"):
-        load(folder)
+        ByteView.load(folder)
     folder = zoo.save(zoo.word_piece(pre_tokenizers.Whitespace()), unk_token="[UNK]")
     with pytest.raises(UserError, match="'Hello world' comes back as 'Helloworld'"):
-        load(folder)
+        ByteView.load(folder)
     with pytest.raises(UserError, match="loses text"):
         prepare(zoo.views()["legacy"].folder, TokenizerSpec("x", source="GPT2"))
 
@@ -245,24 +245,24 @@ def test_folders_without_a_fast_tokenizer_are_refused(tmp_path):
 def test_damaged_folders_are_one_sentence(tmp_path):
     folder = zoo.save(zoo.byte_level(), tmp_path, eos_token=["<|endoftext|>"])
     with pytest.raises(UserError, match="not as transformers writes them"):
-        load(folder)
+        ByteView.load(folder)
     write(prepare(zoo.views()["legacy"].folder, TokenizerSpec("x")), folder)
     for name in ("tokenizer.json", "byte_view.json"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:100] + bytes(50) + whole[150:])
         with pytest.raises(UserError, match=rf"{name} cannot be read .*: remove"):
-            load(folder)
+            ByteView.load(folder)
         (folder / name).write_bytes(whole)
-    load(folder)
+    ByteView.load(folder)
 
 
 def test_a_tokenizer_that_knows_no_probe_is_refused():
     with pytest.raises(UserError, match=r"'Hello' comes back as '\[UNK\]'"):
-        load(zoo.save(Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), unk_token="[UNK]"))
+        ByteView.load(zoo.save(Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), unk_token="[UNK]"))
 
 
 def test_unknown_characters_are_inexact_and_still_covered():
-    view = load(zoo.save(zoo.word_piece(pre_tokenizers.Metaspace(prepend_scheme="never")), unk_token="[UNK]"))
+    view = ByteView.load(zoo.save(zoo.word_piece(pre_tokenizers.Metaspace(prepend_scheme="never")), unk_token="[UNK]"))
     tokens = view.encode_texts(["the old 龍 user"])[0]
     assert not tokens.exact and tokens.ends[-1] == len("the old 龍 user".encode())
     assert (np.diff(tokens.ends) >= 0).all()
@@ -301,7 +301,7 @@ def test_written_folder_loads_to_the_same_view(tmp_path):
         folder.mkdir()
         prepared = prepare(zoo.views()[name].folder, spec)
         write(prepared, folder)
-        view, direct = ByteView.load(folder), view_of(prepared, folder)
+        view, direct = ByteView.load(folder), ByteView.of(prepared, folder)
         assert view.token_bytes == direct.token_bytes and view.digest == direct.digest and view.roles == direct.roles
         example = [zoo.chat(("user", "hi <s>"), ("assistant", "the user"))]
         assert view.encode_examples(example).ids.tolist() == direct.encode_examples(example).ids.tolist()
@@ -313,7 +313,7 @@ def test_written_folder_loads_to_the_same_view(tmp_path):
 def test_unicode_normal_forms_are_dropped():
     definition = json.loads(zoo.byte_level().to_str())
     definition["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
-    view = load(zoo.save(Tokenizer.from_str(json.dumps(definition))))
+    view = ByteView.load(zoo.save(Tokenizer.from_str(json.dumps(definition))))
     assert view.join(view.encode_texts(["e\u0301"])[0].ids) == "e\u0301".encode()
 
 
@@ -321,7 +321,7 @@ def test_a_token_that_is_a_single_word_stays_one():
     folder = SHARED / "cases" / "single-word"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
-    view, whole = load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    view, whole = ByteView.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in ("cat", "concatenates", "a cat, a bobcat", "cats cat"):
         tokens = view.encode_texts([text])[0]
         assert tokens.exact and tokens.ids.tolist() == whole.encode(text).ids
@@ -332,7 +332,7 @@ def test_flags_of_added_tokens_that_lose_no_bytes_are_kept(tmp_path):
     tokenizer = zoo.byte_level()
     tokenizer.add_tokens([AddedToken("été", single_word=True), AddedToken("oak", normalized=True)])
     tokenizer.add_tokens([AddedToken("<tab>", lstrip=True, rstrip=True)])
-    view = load(zoo.save(tokenizer, tmp_path, eos_token="<|endoftext|>"))
+    view = ByteView.load(zoo.save(tokenizer, tmp_path, eos_token="<|endoftext|>"))
     for text in ("été", "l'été dernier", "répétées", "oak soaked Oak", "é été\n"):
         tokens = view.encode_texts([text])[0]
         assert tokens.exact and tokens.ids.tolist() == tokenizer.encode(text).ids
@@ -351,7 +351,7 @@ def test_flags_of_special_tokens_act_in_templates(tmp_path):
         )
         folder = tmp_path / str(number)
         folder.mkdir()
-        view = load(zoo.save(tokenizer, folder, template=template))
+        view = ByteView.load(zoo.save(tokenizer, folder, template=template))
         for content in ("hello", "  spaced \n", "", "EOT <l>"):
             batch = view.encode_examples([zoo.chat(("user", content), ("assistant", "ok"))])
             turns = [
@@ -380,7 +380,7 @@ def test_flags_of_tokens_that_only_the_configuration_has(tmp_path):
         "sep_token": "<|sep|>",
         "extra_special_tokens": {"image_token": "<image>"},
     }
-    view = load(zoo.save(zoo.byte_level(), tmp_path, template=template, **config))
+    view = ByteView.load(zoo.save(zoo.byte_level(), tmp_path, template=template, **config))
     batch = view.encode_examples([zoo.chat(("user", "a"), ("assistant", "b"))])
     assert [view.string_of(i) for i in batch.ids] == ["<|x|>", "a", "<|x|>", "b"]
     assert view.settings["variables"] == {"sep_token": "<|sep|>", "image_token": "<image>"}
@@ -392,5 +392,5 @@ def test_the_template_called_default_is_taken(tmp_path):
     for number, written in enumerate((templates, [{"name": k, "template": v} for k, v in templates.items()])):
         folder = tmp_path / str(number)
         folder.mkdir()
-        view = load(zoo.save(zoo.byte_level(), folder, chat_template=written))
+        view = ByteView.load(zoo.save(zoo.byte_level(), folder, chat_template=written))
         assert view.join(view.encode_examples([zoo.chat(("user", "a"), ("assistant", "b"))]).ids) == b"a!b!"

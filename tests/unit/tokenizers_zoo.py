@@ -7,7 +7,8 @@ from tempfile import mkdtemp
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from stages.tokenization.sources import load, prepare, view_of
+from stages.tokenization import ByteView
+from stages.tokenization.sources import prepare
 from stages.tokenization.spec import TokenizerSpec
 from stages.tokenization.training import train_tokenizer
 
@@ -104,7 +105,7 @@ def bert_uncased():
 
 def trained(kind: str, size: int = 600):
     prepared = train_tokenizer({"kind": kind, "vocab_size": size}, lambda: iter(TEXT), kind)
-    return view_of(prepared, Path(kind))
+    return ByteView.of(prepared, Path(kind))
 
 
 @cache
@@ -115,19 +116,19 @@ def views():
     qwen = save(byte_level(), template=CHATML, **chatml)
     qwen3 = save(byte_level(size=500), template=CHATML, bos_token="<|im_start|>", **chatml)
     return {
-        "qwen": load(qwen),
-        "qwen3": load(qwen3),
-        "gpt2": load(save(byte_level(("<|endoftext|>",), size=300), eos_token="<|endoftext|>")),
-        "prefixed": load(save(byte_level(("<|endoftext|>",), prefix=True), eos_token="<|endoftext|>")),
-        "llama3": view_of(prepare(qwen, TokenizerSpec("llama3", "Qwen2", "Llama3")), qwen),
-        "bytes": view_of(prepare(qwen, TokenizerSpec("bytes", "Qwen2", None, "byte")), qwen),
-        "spaced": view_of(prepare(qwen, TokenizerSpec("spaced", None, None, "manual_add_prefix_space")), qwen),
-        "legacy": load(save(legacy_llama(), **plain)),
-        "gemma": load(save(gemma_like(), **plain)),
+        "qwen": ByteView.load(qwen),
+        "qwen3": ByteView.load(qwen3),
+        "gpt2": ByteView.load(save(byte_level(("<|endoftext|>",), size=300), eos_token="<|endoftext|>")),
+        "prefixed": ByteView.load(save(byte_level(("<|endoftext|>",), prefix=True), eos_token="<|endoftext|>")),
+        "llama3": ByteView.of(prepare(qwen, TokenizerSpec("llama3", "Qwen2", "Llama3")), qwen),
+        "bytes": ByteView.of(prepare(qwen, TokenizerSpec("bytes", "Qwen2", None, "byte")), qwen),
+        "spaced": ByteView.of(prepare(qwen, TokenizerSpec("spaced", None, None, "manual_add_prefix_space")), qwen),
+        "legacy": ByteView.load(save(legacy_llama(), **plain)),
+        "gemma": ByteView.load(save(gemma_like(), **plain)),
         "bpe": trained("byte_bpe", 320),
         "sentencepiece": trained("sentencepiece_bpe"),
-        "unigram": load(save(unigram(), **plain)),
-        "wordpiece": load(
+        "unigram": ByteView.load(save(unigram(), **plain)),
+        "wordpiece": ByteView.load(
             save(word_piece(pre_tokenizers.ByteLevel(add_prefix_space=False)), unk_token="[UNK]", eos_token="[SEP]")
         ),
     }
