@@ -119,7 +119,7 @@ def scored_bytes(slots: list[list[dict[str, Any]]], batch: "EncodedBatch", score
     """
     import numpy as np
 
-    from stages.tokenization.layout import SLOTS_PER_MESSAGE
+    from stages.tokenization.encoding import SLOTS_PER_MESSAGE
 
     example = np.repeat(np.arange(len(slots)), np.diff(batch.offsets))
     there = set(zip(example[scored].tolist(), (batch.slot[scored] // SLOTS_PER_MESSAGE).tolist(), strict=True))
@@ -132,7 +132,7 @@ def scored_bytes(slots: list[list[dict[str, Any]]], batch: "EncodedBatch", score
 
 def text_tokens(batch: "EncodedBatch") -> "np.ndarray":
     """Return bool [N]: the token belongs to a text that is trained on, and not to the template or to an eos."""
-    from stages.tokenization.layout import SLOTS_PER_MESSAGE
+    from stages.tokenization.encoding import SLOTS_PER_MESSAGE
 
     return batch.loss & (batch.slot % SLOTS_PER_MESSAGE == 2)
 

@@ -112,12 +112,13 @@ def generate(
 
     from stages.artifacts.schemas import GENERATIONS
     from stages.artifacts.tables import read_table, write_table
+    from stages.generation.prompts import stopping_ids
     from stages.models import configuration
     from stages.tokenization.batches import length_batches
 
     sampling = job.spec["sampling"]
     endings = ending_ids(view, configuration.endings(teacher.model))
-    ends = sorted(endings | view.special_ids)
+    ends = sorted(stopping_ids(view, endings))
     configuration.set_generation(teacher.model, sampling["max_new_tokens"], ends, view.pad_id)
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(ids) + sampling["max_new_tokens"] for ids in encoded.ids]) * encoded.exact
@@ -148,7 +149,7 @@ def generate_rows(
     import numpy as np
 
     from stages.core.seeds import seed_of
-    from stages.generation.prompts import answer_of
+    from stages.generation.prompts import answer_of, stopping_ids
     from stages.generation.sampling import generate_batch
 
     sampling, uniforms = job.spec["sampling"], None
@@ -158,9 +159,9 @@ def generate_rows(
         drawn = [np.random.Generator(np.random.Philox(seed)).random(sampling["max_new_tokens"]) for seed in seeds]
         uniforms = np.stack(drawn)
     found = generate_batch(teacher, [encoded.ids[place] for place in batch], sampling, uniforms)
-    rows = []
+    rows, stopping = [], stopping_ids(view, endings)
     for place, ids in zip(batch.tolist(), found.tolist(), strict=True):
-        stop = next((k + 1 for k, i in enumerate(ids) if i in endings or i in view.special_ids), len(ids))
+        stop = next((k + 1 for k, i in enumerate(ids) if i in stopping), len(ids))
         text, reason = answer_of(view, ids[:stop], endings, encoded.leads[place])
         kept = bool(text) and (reason == "stop" or not job.spec["drop_truncated"])
         prompt = prompts[place]

@@ -6,7 +6,9 @@ SLOT = pa.struct([("role", pa.string()), ("text", pa.string()), ("loss", pa.bool
 
 # One row per example, in corpus order. A plain text is one slot of role "text"; a chat has one slot per message,
 # with the roles system, user, assistant. `loss` says whether the slot's tokens are trained on; `extra` holds the other
-# fields of a message (tool calls, say) as JSON, null for none.
+# fields of a message (tool calls, say) as JSON, null for none. Reasoning in a field of its own, "reasoning_content", is
+# the head of `text` too, in this form.
+REASONING = "<think>\n{}\n</think>\n\n"
 EXAMPLES = pa.schema(
     [
         ("example_id", pa.string()),  # "<document_id>:<index within the document>"

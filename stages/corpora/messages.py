@@ -3,16 +3,15 @@
 import json
 from typing import Any
 
+from stages.artifacts.schemas import REASONING
 from stages.core.errors import UserError
 from stages.corpora.cutting import Turn
 
 # ShareGPT names its keys and roles otherwise.
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-# Fields in which data sets keep the reasoning before an answer. It becomes the beginning of the answer's text, in the
-# form that chat templates look for there.
-REASONING = ("reasoning_content", "reasoning", "thinking")
-REASONED = "<think>\n{}\n</think>\n\n{}"
-READ = ("role", "from", "content", "value", *REASONING)
+# Fields in which data sets keep the reasoning before an answer, as transformers takes them: the first that is there.
+REASONS = ("reasoning_content", "thinking", "reasoning")
+READ = ("role", "from", "content", "value", *REASONS)
 
 
 class NotText(Exception):
@@ -20,7 +19,7 @@ class NotText(Exception):
 
 
 def turns_of(messages: Any, where: str) -> list[Turn]:
-    """Return the turns of a chat; their texts are not checked.
+    """Return the turns of a chat; their texts are not checked. Reasoning given beside a text is the head of it too.
 
     UserError, naming the place `where`, when it is no list of messages; NotText for parts that are no text.
     """
@@ -37,16 +36,19 @@ def _turn(message: Any, where: str) -> Turn:
         raise UserError(f"{where}: the role of a message is {role!r}, expected a name such as user or assistant.")
     content = message.get("content", message.get("value"))
     text = _joined(content) if isinstance(content, list) else "" if content is None else content
-    reasoning = next((found for key in REASONING if isinstance(found := message.get(key), str) and found), None)
-    reasoned: dict[str, bool] = {}
-    if reasoning and isinstance(text, str) and "</think>" not in text:
-        text, reasoned = REASONED.format(reasoning.strip("\n"), text), {"reasoned": True}
+    reasoning = next((message[key] for key in REASONS if message.get(key)), None)
+    if isinstance(reasoning, list):
+        reasoning = _joined(reasoning)
+    if not isinstance(reasoning, str | None):
+        raise UserError(f"{where}: the reasoning of a message is {type(reasoning).__name__}, expected text.")
     # Tables have every field in every message, null where it has none.
     extra = {key: value for key, value in message.items() if key not in READ and value not in (None, [], {}, "")}
-    extra |= reasoned
-    if extra.get("tool_calls") and content is None:
+    if extra and content is None:
         extra["content"] = None
-    said = json.dumps(_without_nulls(extra), sort_keys=True, ensure_ascii=False, default=str) if extra else ""
+    if reasoning and isinstance(text, str):
+        text, extra = REASONING.format(reasoning) + text, {"reasoning_content": reasoning} | extra
+    # In their order: a template may write arguments as they come.
+    said = json.dumps(_without_nulls(extra), ensure_ascii=False, default=str) if extra else ""
     # A plain text is told from a chat by its role, so no turn may have that name.
     return Turn(ROLE_NAMES.get(role, role) if role != "text" else "user", text, True, said)
 

@@ -8,7 +8,6 @@ import numpy as np
 from stages.corpora.cutting import Turn, cut_text, cut_turns
 from stages.corpora.examples import example_rows
 from stages.tokenization import ByteView
-from stages.tokenization.rendering import Message
 
 
 class Prompt(NamedTuple):
@@ -37,11 +36,6 @@ class Prompt(NamedTuple):
     def slots(self) -> list[dict[str, Any]]:
         """The turns as slots of a row of EXAMPLES."""
         return [turn._asdict() for turn in self.turns]
-
-    @property
-    def messages(self) -> list[Message]:
-        """The turns as a chat template takes them."""
-        return [Message(turn.role, turn.text, turn.extra) for turn in self.turns]
 
 
 def prompts_of(row: Mapping[str, Any], prompt_bytes: int) -> list[Prompt]:
@@ -87,9 +81,14 @@ def encode_prompts(view: ByteView, prompts: Sequence[Prompt], thinking: bool | N
         batch, number = batches[chat], at[chat]
         ids.append(batch.ids[batch.offsets[number] : batch.offsets[number + 1]])
         exact[place] = batch.exact[number]
-        leads.append(view.leads(prompt.messages, thinking) if chat else ("", ""))
+        leads.append(view.leads(prompt.slots, thinking) if chat else ("", ""))
         at[chat] += 1
     return Encoded(ids, exact, leads)
+
+
+def stopping_ids(view: ByteView, endings: frozenset[int]) -> frozenset[int]:
+    """Return the tokens with which an answer stops: `endings`, and special tokens that its text cannot hold."""
+    return endings | (view.special_ids - view.chats.readable)
 
 
 def answer_of(view: ByteView, ids: Sequence[int], endings: frozenset[int], leads: tuple[str, str]) -> tuple[str, str]:
@@ -98,16 +97,17 @@ def answer_of(view: ByteView, ids: Sequence[int], endings: frozenset[int], leads
     stop: it ended with a token of `endings`. length: it did not end; a character that is cut off is left out. invalid:
     another special token, or bytes that are no UTF-8, which no text can hold; the text is what comes before.
     """
-    end = next((place for place, i in enumerate(ids) if i in view.special_ids or i in endings), len(ids))
+    stopping = stopping_ids(view, endings)
+    end = next((place for place, i in enumerate(ids) if i in stopping), len(ids))
     reason = "length" if end == len(ids) else "stop" if ids[end] in endings else "invalid"
-    content = view.join(ids[:end])
+    content = b"".join(view.string_of(i).encode() if i in view.special_ids else view.join([i]) for i in ids[:end])
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         cut_off = reason == "length" and error.end == len(content) and error.reason == "unexpected end of data"
         text, reason = content[: error.start].decode(), reason if cut_off else "invalid"
     written, given = leads
-    return (given + text.removeprefix(written) if text or given else ""), reason
+    return (given + text.removeprefix(written) if text else ""), reason
 
 
 def answered_rows(prompt: Prompt, answer: str, ended: bool, max_bytes: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What is done with many examples: encode them, choose some, group them by length, refuse what tokens cannot say."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from stages.tokenization.encoding import EncodedBatch
 from stages.tokenization.view import ByteView
 
 INEXACT_LIMIT = 0.01
+LOG = logging.getLogger(__name__)
 
 
 def encode_rows(view: ByteView, rows: pa.Table) -> EncodedBatch:
@@ -54,5 +56,19 @@ def refuse_inexact(exact: np.ndarray, example_ids: Sequence[str], tokenizer: str
     if inexact > INEXACT_LIMIT * len(exact):
         raise UserError(
             f"Tokenizer {tokenizer!r} does not reproduce the text of {inexact} of {len(exact)} examples, "
-            f"{example_ids[int(np.argmin(exact))]} first: take a tokenizer with byte fallback, or leave such text out."
+            f"{example_ids[int(np.argmin(exact))]} first: take a tokenizer with byte fallback, or leave such text out "
+            "(and chats that its template refuses)."
         )
+
+
+def warn_untrained(view: ByteView, rows: pa.Table) -> None:
+    """Say how many turns of a corpus's rows are not trained on, since the chat template leaves a part of them out."""
+    turns, first = 0, ""
+    for name, slots in zip(rows["example_id"].to_pylist(), rows["slots"].to_pylist(), strict=True):
+        count = view.untrained(slots)
+        turns, first = turns + count, first or (name if count else "")
+    if turns:
+        LOG.warning(
+            "%d turns in the first %d examples are not trained on, the first in %s: the chat template of tokenizer %s "
+            "leaves a part of them out (reasoning, tool calls).", turns, len(rows), first, view.name,
+        )  # fmt: skip

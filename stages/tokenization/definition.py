@@ -6,6 +6,7 @@ configuration names as special are flagged special, so that their text inside a 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,17 @@ NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 @dataclass
 class Definition:
-    """A tokenizer's files: `tokenizer` is the parsed tokenizer.json, `named` maps bos, eos, pad, unk to strings."""
+    """A tokenizer's files: `tokenizer` is the parsed tokenizer.json, `named` maps bos, eos, pad, unk to strings.
+
+    `variables`: what its template can name besides them (`sep_token`, `image_token`).
+    """
 
     name: str
     tokenizer: dict[str, Any]
     named: dict[str, str] = field(default_factory=dict)
     template: str | None = None
     max_length: int | None = None
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 def read_definition(folder: Path, name: str) -> Definition:
@@ -51,12 +56,14 @@ def read_definition(folder: Path, name: str) -> Definition:
     named = {role: content for role, content in named.items() if content}
     if unknown := _unknown_token(tokenizer["model"]):
         named["unk"] = unknown
-    definition = Definition(name, tokenizer, named, _template(folder, config), config.get("model_max_length"))
-    for entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-        if entry[1]["content"] not in {token["content"] for token in tokenizer.get("added_tokens", [])}:
-            add_token(tokenizer, entry[1]["content"], special=bool(entry[1].get("special")))
+    variables = _variables(named_tokens)
+    template = _template(folder, config)
+    definition = Definition(name, tokenizer, named, template, config.get("model_max_length"), variables)
+    for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+        if token["content"] not in {known["content"] for known in tokenizer.get("added_tokens", [])}:
+            add_token(tokenizer, token["content"], bool(token.get("special")), token)
     make_exact(tokenizer)
-    for content in [*named.values(), *_extra(named_tokens)]:
+    for content in [*named.values(), *variables.values(), *_extra(named_tokens)]:
         add_token(tokenizer, content)
     return definition
 
@@ -73,8 +80,13 @@ def make_exact(tokenizer: dict[str, Any]) -> None:
             token["lstrip"] = token["rstrip"] = False
 
 
-def add_token(tokenizer: dict[str, Any], content: str, special: bool = True) -> int:
-    """Make `content` an added token of a tokenizer.json, flagged special if asked; return its id (new ones last)."""
+def add_token(
+    tokenizer: dict[str, Any], content: str, special: bool = True, flags: Mapping[str, Any] | None = None
+) -> int:
+    """Make `content` an added token of a tokenizer.json, flagged special if asked; return its id (new ones last).
+
+    `flags`: of a new one, how it is matched (lstrip, ...); none by default.
+    """
     for token in tokenizer["added_tokens"]:
         if token["content"] == content:
             token["special"] = token["special"] or special
@@ -82,8 +94,8 @@ def add_token(tokenizer: dict[str, Any], content: str, special: bool = True) -> 
     vocabulary = model_vocabulary(tokenizer)
     used = [*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])]
     identity = vocabulary.get(content, max(used, default=-1) + 1)
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokenizer["added_tokens"].append({"id": identity, "content": content, **flags, "special": special})
+    matching = {flag: bool((flags or {}).get(flag)) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
+    tokenizer["added_tokens"].append({"id": identity, "content": content, **matching, "special": special})
     tokenizer["added_tokens"].sort(key=lambda token: token["id"])
     return identity
 
@@ -175,6 +187,17 @@ def _content(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
+def _variables(named_tokens: dict[str, Any]) -> dict[str, str]:
+    """Return the special tokens that a template can name, as transformers gives them, without those of NAMED_ROLES."""
+    found = {key: value for key, value in named_tokens.items() if key.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(named_tokens.get(key), dict):
+            found |= named_tokens[key]
+    contents = {key: _content(value) for key, value in found.items()}
+    own = {f"{role}_token" for role in NAMED_ROLES}
+    return {key: content for key, content in contents.items() if isinstance(content, str) and key not in own}
+
+
 def _extra(named_tokens: dict[str, Any]) -> list[str]:
     """Return the contents of additional or extra special tokens, which are lists or, in new files, a map."""
     found = []
@@ -192,8 +215,9 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
         "chat_template", config.get("chat_template")
     )
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default") or next(iter(named.values()), None)
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
     return template
 
 

@@ -8,25 +8,24 @@ has n units, each template slot has one. Slots of an example with M messages (a 
 A token's `ends` is SCALE times the unit at which it ends, counted from the example's start. Only multiples of SCALE
 can match between tokenizers: tokens inside a template slot and tokens of no width get values in between.
 
-What stands between two special tokens of the template, template text and contents, is tokenized together, as a
-tokenizer does with what a template renders. A token that holds bytes of both belongs to the content. Whitespace that a
-template takes off the ends of a content has no tokens.
+All text between two special tokens is tokenized as one, as the tokenizer does with what a template renders, and the
+tokens are given to slots afterwards: a token belongs to the slot in which it ends, but to the last text that it has a
+byte of if it has one. A text's last token ends where the text does: white space there that a template strips has no
+tokens, as have its other parts that a template leaves out.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.tokenization.layout import END, SLOTS_PER_MESSAGE, START_SLOT, TEXT, Layout, Part
-from stages.tokenization.rendering import Message
-from stages.tokenization.template import Template
+from stages.tokenization.byte_tokens import ByteTokenizer
+from stages.tokenization.chat import CONTENT, SLOTS_PER_MESSAGE, Chats, Layout, Section, json_text
 
 SCALE = 4
+START_SLOT = 0
 
 
 class Tokens(NamedTuple):
@@ -57,304 +56,292 @@ class EncodedBatch:
     first: np.ndarray
 
 
-class Speller(Protocol):
-    """What encoding asks of a tokenizer: see `ByteView`."""
+class _Slot(NamedTuple):
+    """A slot of an example: its first unit, the bytes of its text (None for a template slot), whether it is trained."""
 
-    prefix_space: str | None
-    start_id: int | None
-    eos_id: int | None
-    lengths: np.ndarray
-    first_bytes: np.ndarray
-    template: Template
-
-    def special_named(self, content: str) -> int | None: ...  # noqa: D102
-    def text_ids(self, texts: Sequence[str], prefixed: Sequence[bool]) -> list[Sequence[int]]: ...  # noqa: D102
-    def join(self, ids: Iterable[int]) -> bytes: ...  # noqa: D102
-    def estimated_ends(self, text: str, count: int, fallback: np.ndarray) -> np.ndarray: ...  # noqa: D102
-    def template_pieces(self, layout: Layout) -> Sequence[Part | tuple[int, int]]: ...  # noqa: D102
+    example: int
+    number: int
+    base: int
+    size: int | None
+    loss: bool
 
 
-class _Pieces:
-    """Pieces of examples in order: special tokens, and stretches of text; neighbouring stretches are one segment.
-
-    Lists over pieces: `example`, `slot`, `base` (first unit), `loss`, `content` (text of the example, not of its
-    template), `size` (bytes; -1 for a special token), `segment`.
-    """
+class _Runs:
+    """Runs of tokens in order, a special token or a text each, and the segments of their slots; lists are parallel."""
 
     def __init__(self) -> None:
         self.example: list[int] = []
+        self.ids: list[Sequence[int]] = []
+        self.sizes: list[int] = []  # UTF-8 bytes of each, 0 for a special token
+        self.segments: list[int] = []  # how many each has
+        self.text_at: list[int] = []  # which of them are texts, still without ids
+        self.texts: list[str] = []
+        self.prefixed: list[bool] = []  # whether the tokenizer's dummy space belongs to the text
+        self.slots: list[_Slot] = []
+        # Of each segment: its slot's place in `slots`, its bytes in the run, first byte in the slot's text and bound.
         self.slot: list[int] = []
-        self.base: list[int] = []
-        self.loss: list[bool] = []
-        self.content: list[bool] = []
-        self.size: list[int] = []
-        self.segment: list[int] = []
-        self.texts: list[list[str]] = []  # of each segment
-        self.prefixed: list[bool] = []  # whether the tokenizer's dummy space belongs to the segment
-        self.ids: list[Sequence[int]] = []  # of each segment, one special token or what the tokenizer makes of the text
-        self.open = False
+        self.length: list[int] = []
+        self.at: list[int] = []
+        self.bound: list[int] = []
 
-    def add_special(self, example: int, slot: int, base: int, loss: bool, identity: int) -> None:
-        self._add(example, slot, base, loss, False, -1)
-        self.texts.append([])
-        self.prefixed.append(False)
-        self.ids.append((identity,))
-        self.segment.append(len(self.ids) - 1)
-        self.open = False
+    def add_slot(self, example: int, number: int, base: int, size: int | None, loss: bool) -> int:
+        self.slots.append(_Slot(example, number, base, size, loss))
+        return len(self.slots) - 1
 
-    def add_text(
-        self, example: int, slot: int, base: int, loss: bool, content: bool, text: str, size: int, prefixed: bool
-    ) -> None:
-        if not text:
-            return
-        self._add(example, slot, base, loss, content, size)
-        if not self.open:
-            self.texts.append([])
-            self.prefixed.append(prefixed)
-            self.ids.append(())
-            self.open = True
-        self.texts[-1].append(text)
-        self.segment.append(len(self.ids) - 1)
-
-    def _add(self, example: int, slot: int, base: int, loss: bool, content: bool, size: int) -> None:
-        self.example.append(example)
+    def add_segment(self, slot: int, length: int, at: int, bound: int) -> None:
         self.slot.append(slot)
-        self.base.append(base)
-        self.loss.append(loss)
-        self.content.append(content)
-        self.size.append(size)
+        self.length.append(length)
+        self.at.append(at)
+        self.bound.append(bound)
+
+    def close(self, example: int, ids: Sequence[int], size: int, segments: int) -> None:
+        """End a run whose segments were added."""
+        self.example.append(example)
+        self.ids.append(ids)
+        self.sizes.append(size)
+        self.segments.append(segments)
+
+    def add_special(self, slot: int, identity: int, at: int = 0) -> None:
+        self.add_segment(slot, 0, at, at)
+        self.close(self.slots[slot].example, (identity,), 0, 1)
+
+    def add_text(self, slot: int, text: str, prefixed: bool) -> None:
+        """Add the whole text of a slot."""
+        if text:
+            size = self.slots[slot].size or 0
+            self.add_segment(slot, size, 0, size)
+            self.close_text(self.slots[slot].example, text, size, 1, prefixed)
+
+    def close_text(self, example: int, text: str, size: int, segments: int, prefixed: bool) -> None:
+        self.text_at.append(len(self.ids))
+        self.texts.append(text)
+        self.prefixed.append(prefixed)
+        self.close(example, (), size, segments)
 
 
-def encode_texts(view: Speller, texts: Sequence[str]) -> list[Tokens]:
-    """Encode raw texts, no special tokens added, special-looking text as plain text. See `ByteView.encode_texts`."""
-    batch = encode_examples(view, [[{"role": "text", "text": text, "loss": True}] for text in texts], None, bare=True)
-    ends = batch.ends + SCALE - 1
-    ends = np.where(batch.ends % SCALE == 1, batch.ends - 1, ends) // SCALE
-    bounds = list(zip(batch.offsets[:-1], batch.offsets[1:], strict=True))
-    # Unit 0 is the start slot, unit 1 the header.
-    return [
-        Tokens(batch.ids[a:b], (ends[a:b] - 2).astype(np.int32), bool(exact))
-        for (a, b), exact in zip(bounds, batch.exact, strict=True)
-    ]
+def is_plain(slots: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether an example is a plain text and no chat."""
+    return all(slot["role"] == "text" for slot in slots)
+
+
+def encode_texts(tokenizer: ByteTokenizer, texts: Sequence[str]) -> list[Tokens]:
+    """Encode raw texts, no special tokens added, special-looking text as plain text."""
+    runs = _Runs()
+    for example, text in enumerate(texts):
+        runs.add_text(runs.add_slot(example, CONTENT, 0, _size(text), True), text, True)
+    batch = _assemble(tokenizer, runs, np.zeros(len(texts), np.int64))
+    ends = np.where(batch.ends % SCALE == 1, batch.ends - 1, batch.ends + SCALE - 1) // SCALE
+    bounds = zip(batch.offsets[:-1], batch.offsets[1:], batch.exact, strict=True)
+    return [Tokens(batch.ids[a:b], ends[a:b].astype(np.int32), bool(exact)) for a, b, exact in bounds]
 
 
 def encode_examples(
-    view: Speller,
+    tokenizer: ByteTokenizer,
+    chats: Chats,
     slots_per_example: Sequence[Sequence[Mapping[str, Any]]],
     ends_document: Sequence[bool] | None,
-    bare: bool = False,
-    prompted: bool = False,
-    thinking: bool | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> EncodedBatch:
-    """Encode examples given as slots {"role", "text", "loss"}; see `ByteView.encode_examples`."""
-    pieces = _Pieces()
+    """Encode examples given as slots; `options` are variables of the chat template. See `ByteView.encode_examples`."""
+    runs = _Runs()
     widths = np.empty(len(slots_per_example), np.int64)
+    faithful = np.ones(len(slots_per_example), bool)
     for example, slots in enumerate(slots_per_example):
-        pieces.open = False
-        if all(slot["role"] == "text" for slot in slots):
+        if is_plain(slots):
             ends = ends_document is not None and bool(ends_document[example])
-            widths[example] = SCALE * _lay_out_text(view, pieces, example, slots, ends, bare)
+            widths[example] = _lay_out_text(tokenizer, runs, example, slots, ends)
         else:
-            widths[example] = SCALE * _lay_out_chat(view, pieces, example, slots, prompted, thinking)
-    places = [place for place, texts in enumerate(pieces.texts) if texts]
-    joined = ["".join(pieces.texts[place]) for place in places]
-    found = view.text_ids(joined, [pieces.prefixed[place] for place in places])
-    for place, ids in zip(places, found, strict=True):
-        pieces.ids[place] = ids
-    return _assemble(view, pieces, dict(zip(places, joined, strict=True)), widths)
+            layout, spans = chats.layout(slots, **(options or {}))
+            widths[example] = _lay_out_chat(runs, example, slots, layout, spans)
+            faithful[example] = layout.faithful
+    batch = _assemble(tokenizer, runs, SCALE * widths)
+    batch.exact[:] &= faithful
+    return batch
 
 
 def _lay_out_text(
-    view: Speller, pieces: _Pieces, example: int, slots: Sequence[Mapping[str, Any]], ends: bool, bare: bool
+    tokenizer: ByteTokenizer, runs: _Runs, example: int, slots: Sequence[Mapping[str, Any]], ends: bool
 ) -> int:
-    """Append a plain text, whose slots are tokenized each by itself; return its width in units.
-
-    Only the first slot is at the start of a text, where a tokenizer may add its dummy space.
-    """
-    if not bare and view.start_id is not None:
-        pieces.add_special(example, START_SLOT, 0, False, view.start_id)
+    """Append an example's runs; return its width in units. Only its first text is at the start of a text."""
+    if tokenizer.start_id is not None:
+        runs.add_special(runs.add_slot(example, START_SLOT, 0, None, False), tokenizer.start_id)
     unit, loss = 1, False
     for number, slot in enumerate(slots):
-        text, loss = slot["text"], bool(slot["loss"])
-        size = _size(text)
-        pieces.open = False
-        pieces.add_text(example, number * SLOTS_PER_MESSAGE + TEXT, unit + 1, loss, True, text, size, number == 0)
+        text, loss, size = slot["text"], bool(slot["loss"]), _size(slot["text"])
+        place = runs.add_slot(example, SLOTS_PER_MESSAGE * number + CONTENT, unit + 1, size, loss)
+        runs.add_text(place, text, number == 0)
         unit += size + 2
-    if ends and not bare and view.eos_id is not None:
-        pieces.add_special(example, len(slots) * SLOTS_PER_MESSAGE + 1, unit, loss, view.eos_id)
+    if ends and tokenizer.eos_id is not None:
+        place = runs.add_slot(example, SLOTS_PER_MESSAGE * len(slots) + 1, unit, None, loss)
+        runs.add_special(place, tokenizer.eos_id)
     return unit + 1
 
 
 def _lay_out_chat(
-    view: Speller,
-    pieces: _Pieces,
+    runs: _Runs,
     example: int,
     slots: Sequence[Mapping[str, Any]],
-    prompted: bool,
-    thinking: bool | None,
+    layout: Layout,
+    spans: Sequence[tuple[int, int, int]],
 ) -> int:
-    """Append a chat; return its width in units.
+    """Append an example's runs; return its width in units."""
+    places, unit = [runs.add_slot(example, START_SLOT, 0, None, False)], 1
+    for number, slot in enumerate(slots):
+        size, loss = _size(slot["text"]), bool(slot["loss"]) and layout.whole[number]
+        first = SLOTS_PER_MESSAGE * number
+        places.append(runs.add_slot(example, first + 1, unit, None, False))
+        places.append(runs.add_slot(example, first + 2, unit + 1, size, loss))
+        places.append(runs.add_slot(example, first + 3, unit + 1 + size, None, loss))
+        unit += size + 2
+    places.append(runs.add_slot(example, SLOTS_PER_MESSAGE * len(slots) + 1, unit, None, False))
+    texts = [slots[message]["text"][start:end] for message, start, end in spans]
+    begins = [_size(slots[message]["text"][:start]) for message, start, _ in spans]
+    stops = [begin + _size(text) for begin, text in zip(begins, texts, strict=True)]
+    for section in layout.sections:
+        _add_section(runs, section, places, (texts, begins, stops))
+    return unit + 1
 
-    A turn of which the template shows a part alone, without its reasoning say, is not trained on.
-    """
-    messages = [Message(slot["role"], slot["text"], slot.get("extra") or "") for slot in slots]
-    shapes = [view.template.shape(message.text) for message in messages]
-    layout = view.template.layout(messages, shapes, prompted, thinking)
-    sizes = [_size(message.text) for message in messages]
-    units = [1]  # of the header of each message, and of the end of the document
-    for size in sizes:
-        units.append(units[-1] + size + 2)
-    loss = [bool(slot["loss"]) and number not in layout.silent | layout.dropped for number, slot in enumerate(slots)]
-    at = [0] * len(slots)  # characters of each content that are laid out
-    fresh = True
-    for part in view.template_pieces(layout):
-        slot, identity = (part.slot, None) if isinstance(part, Part) else part
-        message, kind = divmod(slot - 1, SLOTS_PER_MESSAGE) if slot else (0, -1)
-        base = units[message] if slot else 0
-        trained = kind + 1 in (TEXT, END) and message < len(slots) and loss[message]
-        if kind + 1 == TEXT:
-            text = messages[message].text
-            if isinstance(part, Part) and part.content:
-                start, stop = _stretch(part, shapes[message].runs, at[message])
-                at[message] = stop
-                base += 1 + _size(text[:start])
-                literal = text[start:stop]
+
+def _add_section(
+    runs: _Runs,
+    section: Section,
+    places: Sequence[int],
+    contents: tuple[list[str], list[int], list[int]],
+) -> None:
+    texts, begins, stops = contents
+    parts, total = [], 0
+    for piece in section.pieces:
+        slot = runs.slots[places[piece.slot]]
+        text = piece.text if piece.run < 0 else texts[piece.run]
+        text = json_text(text) if piece.escaped else text
+        length = _size(text)
+        if piece.anchor == piece.run >= 0:
+            at, bound = begins[piece.run], stops[piece.run]
+        elif slot.size is None:
+            at = bound = 0
+        else:
+            bound = begins[piece.bound] if piece.bound >= 0 else slot.size
+            at = min((stops[piece.anchor] if piece.anchor >= 0 else 0) + piece.shift, bound)
+        if section.identity >= 0:
+            runs.add_special(places[piece.slot], section.identity, min(at + length, bound))
+            return
+        runs.add_segment(places[piece.slot], length, at, bound)
+        parts.append(text)
+        total += length
+    runs.close_text(slot.example, "".join(parts), total, len(parts), section.prefixed)
+
+
+def _assemble(tokenizer: ByteTokenizer, runs: _Runs, widths: np.ndarray) -> EncodedBatch:
+    for position, ids in zip(runs.text_at, tokenizer.text_ids(runs.texts, runs.prefixed), strict=True):
+        runs.ids[position] = ids
+    counts = np.fromiter(map(len, runs.ids), np.int64, len(runs.ids))
+    total = int(counts.sum())
+    ids = np.fromiter(chain.from_iterable(runs.ids), np.int32, total)
+    begins, ends, exact_run = _byte_places(tokenizer, runs, ids, counts)
+    segment = _segments(runs, counts, begins, ends)
+
+    slots = np.array(
+        [(s.example, s.number, s.base, -1 if s.size is None else s.size, s.loss) for s in runs.slots], np.int64
+    )
+    slots = slots.reshape(-1, 5)
+    length, at, bound = (np.asarray(values, np.int64) for values in (runs.length, runs.at, runs.bound))
+    stop = np.cumsum(length)
+    slot = np.asarray(runs.slot, np.int64)[segment]
+    _, number, base, size, loss = slots[slot].T
+    # A text token closes the unit of its last byte; a template slot is one unit that only its last token closes.
+    closed = np.minimum(at[segment] + np.minimum(ends, stop[segment]) - (stop - length)[segment], bound[segment])
+    scaled = SCALE * (base + np.where(size < 0, 0, closed))
+    last = np.append(slot[1:] != slot[:-1], True)[:total]
+    scaled[last] = SCALE * (base + np.where(size < 0, 1, size))[last]
+    scaled[(size < 0) & ~last] += 1
+    _mark_widthless(scaled, SCALE * base, (size >= 0) & ~last)
+
+    example = np.asarray(runs.example, np.int64)
+    exact = np.ones(len(widths), bool)
+    exact[example[~exact_run]] = False
+    per_example = np.bincount(example, counts, len(widths)).astype(np.int64)
+    return EncodedBatch(
+        ids=ids,
+        offsets=np.concatenate(([0], np.cumsum(per_example))),
+        ends=scaled,
+        slot=number.astype(np.int32),
+        loss=loss.astype(bool),
+        exact=exact,
+        widths=widths,
+        first=tokenizer.first_bytes[ids],
+    )
+
+
+def _byte_places(
+    tokenizer: ByteTokenizer, runs: _Runs, ids: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (first byte, end) of each token in the runs laid end to end, int64 [N], and whether each run is exact."""
+    lengths = tokenizer.lengths[ids].astype(np.int64)
+    sizes, texts = np.asarray(runs.sizes, np.int64), np.asarray(runs.text_at, np.int64)
+    starts = np.cumsum(counts) - counts
+    # The dummy space of SentencePiece is no byte of the text: the run's first token gives it up.
+    dummy = np.zeros(len(counts), bool)
+    if tokenizer.prefix_space:
+        dummy[texts] = runs.prefixed
+        dummy &= _sums(lengths, starts) == sizes + 1
+        lengths[starts[dummy]] -= 1
+    exact = _sums(lengths, starts) == sizes
+    expected = [
+        b" " + text.encode() if trim else text.encode()
+        for text, trim in zip(runs.texts, dummy[texts].tolist(), strict=True)
+    ]
+    if not exact.all() or tokenizer.join(ids) != b"".join(expected):
+        found = (tokenizer.join(runs.ids[run]) for run in runs.text_at)
+        exact[texts] &= np.fromiter(map(bytes.__eq__, found, expected), bool, len(expected))
+    inexact = []
+    for run, text in zip(runs.text_at, runs.texts, strict=True):
+        if not exact[run] and counts[run]:
+            own = tokenizer.lengths_in(text.encode(), runs.ids[run])
+            exact[run] = own is not None
+            if own is None:
+                inexact.append((run, text))
             else:
-                base += 1 + _size(text[: at[message]])
-                literal = part.literal if isinstance(part, Part) else ""
-        else:
-            literal = part.literal if isinstance(part, Part) else ""
-            base += 1 + sizes[message] if kind + 1 == END else 0
-        if identity is not None:
-            pieces.add_special(example, slot, base, trained, identity)
-        else:
-            dummy = view.prefix_space == "always" or fresh
-            content = isinstance(part, Part) and part.content
-            pieces.add_text(example, slot, base, trained, content, literal or "", _size(literal or ""), dummy)
-        fresh = False
-    return units[-1] + 1
+                lengths[starts[run] : starts[run] + counts[run]] = own
+    within = np.cumsum(lengths) - np.repeat(np.cumsum(_sums(lengths, starts)) - _sums(lengths, starts), counts)
+    for run, text in inexact:
+        place = slice(starts[run], starts[run] + counts[run])
+        within[place] = tokenizer.estimated_ends(text, int(counts[run]), within[place])
+    first = np.repeat(np.cumsum(sizes) - sizes, counts)
+    ends = within + first
+    begins = np.append(0, ends)[: len(ends)]
+    return np.maximum(begins, first), ends, exact
 
 
-def _stretch(part: Part, runs: Sequence[tuple[int, int]], at: int) -> tuple[int, int]:
-    """Return (start, end) of a part of a content in characters; `at`: where the part before it ends."""
-    if part.literal is None:
-        return runs[part.run]
-    # What stays verbatim before the first run ends where that begins.
-    first = runs[0][0] if runs else len(part.literal)
-    start = at if at else max(0, first - len(part.literal))
-    return start, start + len(part.literal)
+def _sums(lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the sum of each run that begins at `starts`; runs may be empty."""
+    return np.diff(np.concatenate(([0], np.cumsum(lengths)))[np.append(starts, len(lengths))])
+
+
+def _segments(runs: _Runs, counts: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return int64 [N]: the segment of each token; see the module for those that lie in several."""
+    several = np.asarray(runs.segments, np.int64)
+    first = np.cumsum(several) - several
+    found = np.repeat(first, counts)
+    crossing = np.flatnonzero(np.repeat(several > 1, counts))
+    if not len(crossing):
+        return found
+    stop = np.cumsum(np.asarray(runs.length, np.int64))
+    is_text = np.array([runs.slots[slot].size is not None for slot in runs.slot])
+    text_before = np.maximum.accumulate(np.where(is_text, np.arange(len(is_text)), -1))
+    lowest, begin, end = found[crossing], begins[crossing], ends[crossing]
+    own = np.maximum(np.searchsorted(stop, end), lowest)
+    text = text_before[own]
+    found[crossing] = np.where((text >= lowest) & (stop[text] > begin), text, own)
+    return found
+
+
+def _mark_widthless(ends: np.ndarray, base: np.ndarray, text: np.ndarray) -> None:
+    """Move, in place, text tokens without width off the units that can match: they ride with the token after them."""
+    at_start = text & (ends == base)
+    follows = np.append(ends[1:] == ends[:-1], False)[: len(ends)] & text & ~at_start
+    ends[at_start] += 1
+    ends[follows] -= 1
 
 
 def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def _assemble(view: Speller, pieces: _Pieces, texts: dict[int, str], widths: np.ndarray) -> EncodedBatch:
-    counts = np.fromiter(map(len, pieces.ids), np.int64, len(pieces.ids))
-    ids = np.fromiter(chain.from_iterable(pieces.ids), np.int32, int(counts.sum()))
-    segment = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    byte_ends, good = _byte_ends(view, pieces, texts, ids, starts, counts)
-    piece, clipped = _piece_of(pieces, segment, byte_ends, starts, counts)
-    as_array = {name: np.asarray(getattr(pieces, name), np.int64) for name in ("example", "slot", "base")}
-    example, slot, base = (as_array[name][piece] for name in ("example", "slot", "base"))
-    content = np.asarray(pieces.content, bool)[piece]
-    # A template slot is one unit that only its last token closes; a text token closes the unit of its last byte.
-    ends = SCALE * base + np.where(content, SCALE * clipped, 1)
-    new = np.ones(len(ids) + 1, bool)
-    new[1:-1] = (slot[1:] != slot[:-1]) | (example[1:] != example[:-1])
-    closing = np.flatnonzero(new[1:] & ~content & ((slot - 1) % SLOTS_PER_MESSAGE + 1 != TEXT))
-    ends[closing] += SCALE - 1
-    _mark_widthless(ends, content & (clipped == 0), slot, example)
-    segment_example = np.zeros(len(counts), np.int64)
-    segment_example[np.asarray(pieces.segment, np.int64)] = as_array["example"]
-    exact = np.ones(len(widths), bool)
-    exact[segment_example[~good]] = False
-    per_example = np.bincount(example, minlength=len(widths)) if len(ids) else np.zeros(len(widths), np.int64)
-    return EncodedBatch(
-        ids=ids,
-        offsets=np.concatenate(([0], np.cumsum(per_example))).astype(np.int64),
-        ends=ends,
-        slot=slot.astype(np.int32),
-        loss=np.asarray(pieces.loss, bool)[piece],
-        exact=exact,
-        widths=widths,
-        first=view.first_bytes[ids],
-    )
-
-
-def _piece_of(
-    pieces: _Pieces, segment: np.ndarray, byte_ends: np.ndarray, starts: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (piece of each token, where the token ends in it in bytes)."""
-    of_segment = np.asarray(pieces.segment, np.int64)
-    sizes = np.maximum(np.asarray(pieces.size, np.int64), 0)
-    content = np.asarray(pieces.content, bool)
-    total = np.bincount(of_segment, sizes, len(counts)).astype(np.int64)
-    before = np.cumsum(total + 1) - (total + 1)  # one more for each segment keeps their ends apart
-    cumulated = np.cumsum(sizes)
-    first_piece = np.searchsorted(of_segment, np.arange(len(counts)))
-    piece_end = cumulated - (cumulated - sizes)[first_piece][of_segment]  # within the segment
-    piece = np.searchsorted(before[of_segment] + piece_end, before[segment] + byte_ends, side="left")
-    piece = np.maximum(np.minimum(piece, len(of_segment) - 1), first_piece[segment]) if len(of_segment) else piece
-    piece_start = piece_end - sizes
-    token_start = np.zeros_like(byte_ends)
-    token_start[1:] = byte_ends[:-1]
-    token_start[starts[counts > 0]] = 0
-    # A token that began in a content belongs to it, though template text ends it.
-    crossing = ~content[piece] & (token_start < piece_start[piece])
-    earlier = np.maximum(piece - 1, 0)
-    crossing &= content[earlier] & (of_segment[earlier] == segment)
-    piece = np.where(crossing, earlier, piece)
-    return piece, np.minimum(byte_ends, piece_end[piece]) - piece_start[piece]
-
-
-def _byte_ends(
-    view: Speller, pieces: _Pieces, texts: dict[int, str], ids: np.ndarray, starts: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (byte end of each token within its segment, 0 for a special token; whether each segment is exact)."""
-    exact = np.ones(len(counts), bool)
-    if not texts:
-        return np.zeros(len(ids), np.int64), exact
-    at = np.fromiter(texts, np.int64, len(texts))
-    sizes = np.fromiter(map(_size, texts.values()), np.int64, len(texts))
-    empty = counts[at] == 0  # text that became no token at all: a vocabulary without these characters
-    exact[at[empty]] = False
-    if empty.all():
-        return np.zeros(len(ids), np.int64), exact
-    at, sizes, kept = (
-        at[~empty],
-        sizes[~empty],
-        [text for text, gone in zip(texts.values(), empty, strict=True) if not gone],
-    )
-    is_text = np.zeros(len(counts), bool)
-    is_text[at] = True
-    lengths = np.where(np.repeat(is_text, counts), view.lengths[ids].astype(np.int64), 0)
-    cumulated = np.concatenate(([0], np.cumsum(lengths)))
-    sums = cumulated[starts[at] + counts[at]] - cumulated[starts[at]]
-    prefixed = np.asarray(pieces.prefixed, bool)[at]
-    dummy = (sums == sizes + 1) & prefixed if view.prefix_space else np.zeros(len(at), bool)
-    # The dummy space of SentencePiece is no byte of the text: the segment's first token gives it up.
-    lengths[starts[at[dummy]]] -= 1
-    good = (sums == sizes) | dummy
-    expected = [
-        b" " + text.encode() if trim else text.encode() for text, trim in zip(kept, dummy.tolist(), strict=True)
-    ]
-    if not good.all() or view.join(chain.from_iterable(pieces.ids[i] for i in at)) != b"".join(expected):
-        good &= np.fromiter((view.join(pieces.ids[i]) == e for i, e in zip(at, expected, strict=True)), bool, len(at))
-    exact[at] = good
-    cumulated = np.cumsum(lengths)
-    ends = cumulated - np.repeat((cumulated - lengths)[np.minimum(starts, len(ids) - 1)], counts)
-    for k in np.flatnonzero(~good):
-        begin, count = starts[at[k]], counts[at[k]]
-        ends[begin : begin + count] = view.estimated_ends(kept[k], count, ends[begin : begin + count])
-    return ends, exact
-
-
-def _mark_widthless(ends: np.ndarray, at_start: np.ndarray, slot: np.ndarray, example: np.ndarray) -> None:
-    """Move, in place, text tokens without width off the units that can match: they ride with the token after them."""
-    ends[at_start] += 1
-    follows = np.zeros(len(ends), bool)
-    same = (ends[1:] == ends[:-1]) & (slot[1:] == slot[:-1]) & (example[1:] == example[:-1])
-    follows[:-1] = same & (ends[:-1] % SCALE == 0)
-    ends[follows] -= 1

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import UserError
-from stages.tokenization import chat
 from stages.tokenization.byte_functions import BYTE_FUNCTIONS, PROBES, SPACE_MARK, byte_function
 from stages.tokenization.definition import (
     Definition,
@@ -19,6 +18,7 @@ from stages.tokenization.definition import (
     to_bytes_only,
 )
 from stages.tokenization.kinds import kind_named
+from stages.tokenization.rendering import plain_template, template_of_kind
 from stages.tokenization.spec import TokenizerSpec
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def prepare(folder: Path, spec: TokenizerSpec) -> Prepared:
     if kind:
         named = {"bos": kind.bos, "eos": kind.eos, "pad": kind.pad, "unk": definition.named.get("unk")}
         definition.named = {role: content for role, content in named.items() if content}
-        definition.template = chat.template_of_kind(kind)
+        definition.template = template_of_kind(kind)
     if spec.conversion == "byte":
         to_bytes_only(tokenizer, list(kind.specials) if kind else _specials(tokenizer))
         function = "byte_level"
@@ -74,7 +74,7 @@ def settle(definition: Definition, spec: TokenizerSpec, function: str | None) ->
     tokenizer, named = definition.tokenizer, definition.named
     if definition.template is None:
         start = named.get("bos") or named.get("eos") or ""
-        definition.template = chat.plain_template(start, named.get("eos", ""))
+        definition.template = plain_template(start, named.get("eos", ""))
     settings: dict[str, Any] = {
         "name": spec.name,
         "kind": spec.kind,
@@ -82,6 +82,7 @@ def settle(definition: Definition, spec: TokenizerSpec, function: str | None) ->
         "mark": _space_mark(tokenizer),
         "subword_prefix": _subword_prefix(tokenizer),
         "named": named,
+        "variables": definition.variables | {f"{role}_token": content for role, content in named.items()},
         "template": definition.template,
     }
     made = built(tokenizer)
@@ -91,8 +92,10 @@ def settle(definition: Definition, spec: TokenizerSpec, function: str | None) ->
     described = {key: value for key, value in settings.items() if key != "name"}
     content = json.dumps([tokenizer, described], sort_keys=True, ensure_ascii=True)
     settings["digest"] = hashlib.sha256(content.encode()).hexdigest()[:32]
-    config = {f"{role}_token": content for role, content in named.items()}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config = settings["variables"] | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     if definition.max_length is not None:
         config["model_max_length"] = definition.max_length
     return Prepared(tokenizer, settings, config)
@@ -106,22 +109,13 @@ def write(prepared: Prepared, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(prepared.settings["template"], encoding="utf-8")
 
 
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the settings in a folder written by the tokenizer stage, None for another folder."""
-    path = folder / SETTINGS_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): remove {folder} and run snakemake again.") from None
-
-
-def _check_ids(tokenizer: dict[str, Any], built: "Tokenizer", name: str) -> None:
+def _check_ids(tokenizer: dict[str, Any], made: "Tokenizer", name: str) -> None:
     """Refuse ids that name two tokens, or that the library reads otherwise than the file has them.
 
     The library numbers added tokens on from the count of the model's tokens: behind a vocabulary with holes that is
     another id than the file's, and maybe one that is taken. Holes alone do no harm: such ids have no bytes.
     """
-    actual = built.get_vocab(with_added_tokens=True)
+    actual = made.get_vocab(with_added_tokens=True)
     written = model_vocabulary(tokenizer) | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     holder: dict[int, str] = {}
     for token, identity in sorted(actual.items()):
@@ -136,17 +130,17 @@ def _check_ids(tokenizer: dict[str, Any], built: "Tokenizer", name: str) -> None
         )
 
 
-def _probe(built: "Tokenizer", settings: dict[str, Any], function: str | None) -> tuple[str, bool]:
+def _probe(made: "Tokenizer", settings: dict[str, Any], function: str | None) -> tuple[str, bool]:
     """Return (name of the byte function, whether a dummy space is put before text).
 
     Tries the candidates on PROBES and takes the first that gives every byte back; `function` limits it to one.
     """
-    built.encode_special_tokens = True
-    unknown = built.token_to_id(settings["named"].get("unk", "")) if settings["named"].get("unk") else None
+    made.encode_special_tokens = True
+    unknown = made.token_to_id(settings["named"].get("unk", "")) if settings["named"].get("unk") else None
     losses = []
     for name in (function,) if function else BYTE_FUNCTIONS:
         convert = byte_function(name, settings["mark"], settings["subword_prefix"])
-        loss, prefixed = _first_loss(built, convert, unknown)
+        loss, prefixed = _first_loss(made, convert, unknown)
         if loss is None:
             return name, prefixed
         losses.append(loss)
@@ -181,8 +175,17 @@ def _distance(text: str, back: str) -> int:
     return sum(a != b for a, b in zip(text, back, strict=False)) + abs(len(text) - len(back))
 
 
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings in a folder written by the tokenizer stage, None for another folder."""
+    path = folder / SETTINGS_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): remove {folder} and run snakemake again.") from None
+
+
 def built(tokenizer: dict[str, Any]) -> "Tokenizer":
-    """Return the tokenizer of a parsed tokenizer.json; UserError when the library cannot read it."""
+    """Return the tokenizer of a parsed tokenizer.json."""
     from tokenizers import Tokenizer
 
     try:

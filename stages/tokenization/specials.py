@@ -8,6 +8,8 @@ GPT-2, say) the eos closes them for want of anything else; that is no end of tur
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from stages.tokenization.turns import PLAIN_ROLES
+
 if TYPE_CHECKING:
     from stages.tokenization.view import ByteView
 
@@ -25,7 +27,7 @@ STAND_INS = {
 
 def own_roles(view: "ByteView") -> dict[str, int]:
     """Return role -> special id, without the end of turn of a tokenizer whose template marks no turns."""
-    marked = any(turn.header for turn in view.turns())
+    marked = any(turn.header for turn in view.chat_pieces(PLAIN_ROLES).turns)
     borrowed = not marked and view.roles.get("end_of_turn") == view.roles.get("eos")
     return {role: index for role, index in view.roles.items() if not (borrowed and role == "end_of_turn")}
 

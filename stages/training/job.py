@@ -17,7 +17,7 @@ from stages.models.adapters import merged
 from stages.models.description import Description, describe, usable
 from stages.models.export import copy_tokenizer, save_model
 from stages.models.loading import load_model
-from stages.tokenization.batches import encode_rows, refuse_inexact
+from stages.tokenization.batches import encode_rows, refuse_inexact, warn_untrained
 from stages.training.metrics import write_metrics
 from stages.training.modes import prepare_mode
 from stages.training.student import Student as Student
@@ -45,6 +45,7 @@ def open_corpus(job: stage.Job, view: "ByteView") -> pa.Table:
     table = read_table(job.data("corpus", "train.parquet"), EXAMPLES)
     rows = table.slice(0, SAMPLE)
     refuse_inexact(encode_rows(view, rows).exact, rows["example_id"].to_pylist(), view.name)
+    warn_untrained(view, rows)
     return table
 
 

@@ -83,13 +83,10 @@ def _runs(view, example, side):
 
 
 def _chat_runs(view, ids):
-    layout = view.template.of_roles(ROLES)
-    start = view.template_ids(layout, 0)
-    runs, at = [(0, False, start)], len(start)
-    assert ids[:at] == start
-    for number in range(len(ROLES)):
-        header, end = (view.template_ids(layout, 3 * number + kind) for kind in (1, 3))
-        end += view.template_ids(layout, 3 * number + 4) if number == len(ROLES) - 1 else []
+    template = view.chat_pieces(ROLES)
+    runs, at = [(0, False, template.start)], len(template.start)
+    assert ids[:at] == template.start
+    for number, (header, end) in enumerate(template.turns):
         assert ids[at : at + len(header)] == header
         begin = at + len(header)
         at = next(i for i in range(begin, len(ids)) if ids[i : i + len(end)] == end)

@@ -186,6 +186,57 @@ def test_other_chat_shapes(tmp_path):
     assert [(s["role"], s["text"]) for s in row["slots"]] == [("user", "hi"), ("assistant", "ho")]
 
 
+def test_other_fields_of_messages_are_kept(tmp_path):
+    function = {"type": "function", "function": {"name": "weather", "arguments": {"days": 2, "city": "Brno"}}}
+    asked = [
+        {"role": "user", "content": "Weather?", "weight": None},
+        {"role": "assistant", "content": None, "tool_calls": [function], "reasoning": "a call"},
+        {"role": "tool", "tool_call_id": "c1", "content": "18 C"},
+        {"role": "assistant", "content": "It is 18 C.", "tool_calls": []},
+    ]
+    files = jsonl(tmp_path / "a.jsonl", {"messages": asked})
+    (row,) = build(tmp_path, kind="jsonl", files=files, train_on="assistant", heldout=0.0)["train"]
+    assert [(slot["role"], slot["text"], slot["loss"]) for slot in row["slots"]] == [
+        ("user", "Weather?", False), ("assistant", "<think>\na call\n</think>\n\n", True), ("tool", "18 C", False),
+        ("assistant", "It is 18 C.", True),
+    ]  # fmt: skip
+    fields = [slot["extra"] and json.loads(slot["extra"]) for slot in row["slots"]]
+    given = {"reasoning_content": "a call", "tool_calls": [function], "content": None}
+    assert fields == [None, given, {"tool_call_id": "c1"}, None]
+    assert row["bytes"] == sum(len(slot["text"]) for slot in row["slots"])
+
+
+def test_an_answer_that_is_only_a_call_is_trained_on(tmp_path):
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    rows_ = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]]
+    rows_.append([{"role": "user", "content": "other"}, {"role": "assistant", "content": None}])
+    files = jsonl(tmp_path / "a.jsonl", *({"messages": messages} for messages in rows_))
+    (row,) = build(tmp_path, kind="jsonl", files=files, train_on="assistant", heldout=0.0)["train"]
+    assert row["slots"][0]["text"] == "q" and row["slots"][1]["loss"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "x.png"}},
+        {"type": "image"},
+        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+        {"type": "text", "text": None},
+    ],
+)
+def test_rows_with_parts_that_are_no_text_are_left_out_and_counted(tmp_path, capsys, part):
+    content = [part, {"type": "text", "text": "What is it?"}]
+    seen = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    ]
+    files = jsonl(tmp_path / "a.jsonl", {"messages": seen}, {"messages": CHAT})
+    (row,) = build(tmp_path, kind="jsonl", files=files, heldout=0.0, train_on="all")["train"]
+    assert row["slots"][0]["text"] == "q1"
+    assert read_manifest(tmp_path / "corpora/c/manifest.json")["metrics"]["refused_rows"] == 1
+    assert "1 refused rows left out" in capsys.readouterr().out
+
+
 def test_untrained_examples_are_left_out(tmp_path):
     long = [{"role": "user", "content": "q" * 60}, {"role": "assistant", "content": "a" * 60}]
     files = jsonl(tmp_path / "a.jsonl", {"messages": long})

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from stages.core.errors import UserError
 from stages.tokenization import ByteView
 from stages.tokenization.encoding import SCALE
 from stages.tokenization.sources import prepare, write
 from stages.tokenization.spec import TokenizerSpec, parse_spec
+from tests.conftest import SHARED
 from tests.unit import tokenizers_zoo as zoo
 
 NAMES = [
@@ -314,3 +315,82 @@ def test_unicode_normal_forms_are_dropped():
     definition["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
     view = ByteView.load(zoo.save(Tokenizer.from_str(json.dumps(definition))))
     assert view.join(view.encode_texts(["e\u0301"])[0].ids) == "e\u0301".encode()
+
+
+def test_a_token_that_is_a_single_word_stays_one():
+    folder = SHARED / "cases" / "single-word"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    view, whole = ByteView.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("cat", "concatenates", "a cat, a bobcat", "cats cat"):
+        tokens = view.encode_texts([text])[0]
+        assert tokens.exact and tokens.ids.tolist() == whole.encode(text).ids
+    assert 257 not in view.encode_texts(["concatenates"])[0].ids and 257 in view.encode_texts(["a cat."])[0].ids
+
+
+def test_flags_of_added_tokens_that_lose_no_bytes_are_kept(tmp_path):
+    tokenizer = zoo.byte_level()
+    tokenizer.add_tokens([AddedToken("été", single_word=True), AddedToken("oak", normalized=True)])
+    tokenizer.add_tokens([AddedToken("<tab>", lstrip=True, rstrip=True)])
+    view = ByteView.load(zoo.save(tokenizer, tmp_path, eos_token="<|endoftext|>"))
+    for text in ("été", "l'été dernier", "répétées", "oak soaked Oak", "é été\n"):
+        tokens = view.encode_texts([text])[0]
+        assert tokens.exact and tokens.ids.tolist() == tokenizer.encode(text).ids
+    tokens = view.encode_texts(["a \n<tab>\t b"])[0]
+    assert tokens.exact and tokenizer.token_to_id("<tab>") in tokens.ids
+
+
+def test_flags_of_special_tokens_act_in_templates(tmp_path):
+    """Those of the library: white space that a special token takes along has no token of its own."""
+    flags = {"<l>": {"lstrip": True}, "<r>": {"rstrip": True}, "<b>": {"lstrip": True, "rstrip": True}}
+    flags |= {"EOT": {"single_word": True}, "<n>": {"normalized": True}}
+    for number, tokenizer in enumerate((zoo.byte_level(), zoo.legacy_llama(), zoo.gemma_like())):
+        tokenizer.add_special_tokens([AddedToken(content, **flag) for content, flag in flags.items()])
+        template = (
+            "{% for m in messages %}{{ m.role + ' <l>\n<r> \n' + m.content + ' <b> <n>end EOT , xEOT\n' }}{% endfor %}"
+        )
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        view = ByteView.load(zoo.save(tokenizer, folder, template=template))
+        for content in ("hello", "  spaced \n", "", "EOT <l>"):
+            batch = view.encode_examples([zoo.chat(("user", content), ("assistant", "ok"))])
+            turns = [
+                f"{role} <l>\n<r> \n{text} <b> <n>end EOT , xEOT\n"
+                for role, text in (("user", content), ("assistant", "ok"))
+            ]
+            assert batch.exact.all()
+            if content != "EOT <l>":
+                assert batch.ids.tolist() == tokenizer.encode("".join(turns), add_special_tokens=False).ids
+            else:
+                assert sum(view.string_of(i) == "<l>" for i in batch.ids) == 2
+
+
+def test_flags_of_tokens_that_only_the_configuration_has(tmp_path):
+    added = {
+        "content": "<|x|>",
+        "lstrip": False,
+        "rstrip": True,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+    }
+    template = "{% for m in messages %}{{ '<|x|>\n' + m.content }}{% endfor %}"
+    config = {
+        "added_tokens_decoder": {"400": added},
+        "sep_token": "<|sep|>",
+        "extra_special_tokens": {"image_token": "<image>"},
+    }
+    view = ByteView.load(zoo.save(zoo.byte_level(), tmp_path, template=template, **config))
+    batch = view.encode_examples([zoo.chat(("user", "a"), ("assistant", "b"))])
+    assert [view.string_of(i) for i in batch.ids] == ["<|x|>", "a", "<|x|>", "b"]
+    assert view.settings["variables"] == {"sep_token": "<|sep|>", "image_token": "<image>"}
+    assert {"<|sep|>", "<image>"} <= view.special_texts.keys()
+
+
+def test_the_template_called_default_is_taken(tmp_path):
+    templates = {"tool_use": "{{ 'no' }}", "default": "{% for m in messages %}{{ m.content + '!' }}{% endfor %}"}
+    for number, written in enumerate((templates, [{"name": k, "template": v} for k, v in templates.items()])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        view = ByteView.load(zoo.save(zoo.byte_level(), folder, chat_template=written))
+        assert view.join(view.encode_examples([zoo.chat(("user", "a"), ("assistant", "b"))]).ids) == b"a!b!"
