@@ -25,6 +25,7 @@ from stages.training.modes import DEFAULTS, prepare_mode
 from .families import VOCAB
 from .families import tiny as tiny_model
 from .test_distill import SFT, World
+from .tiny import publish
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +265,49 @@ def test_logits_that_no_factor_explains_are_refused():
     model.forward = lambda **inputs: type("Output", (), {"logits": forward(**inputs).logits.flip(-1)})()
     with pytest.raises(UserError, match="makes its logits in a way"):
         described(model)
+
+
+# ---- ids that a model has no row for
+
+
+def with_added(world, name, content, special):
+    """The artifact of the world's tokenizer with one more token, whose id the world's student has no row for."""
+    source = (world.root / world.tokenizer).parent
+    files = {path.name: path.read_bytes() for path in source.iterdir() if path.name in TOKENIZER_FILES}
+    definition = json.loads(files["tokenizer.json"])
+    token = {"id": 300, "content": content, "special": special}
+    definition["added_tokens"].append(token | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
+    files["tokenizer.json"] = json.dumps(definition).encode()
+    publish(world.root / f"tokenizers/{name}/manifest.json", "tokenizer", files)
+    return f"tokenizers/{name}/manifest.json"
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def test_an_id_without_a_row_that_nothing_needs_is_never_used(world):
+    """As in gemma-3-1b-it, whose tokenizer has one id more than the model has rows."""
+    tokenizer = with_added(world, "image", "<image>", special=True)
+    assert ByteView.load(world.root / "tokenizers/image").vocab_size == 301
+    spec = {"model": {"name": "student", "path": None, "dtype": "auto"}, "losses": [SFT], "seed": 0, "teacher": None}
+    spec |= {"train": {"steps": 2, "batch_size": 2, "train_model_mode": "full"}}
+    found = []
+    for name in (tokenizer, world.tokenizer):
+        place = f"students/rows-{name.split('/')[1]}/manifest.json"
+        world.run(distill.main, place, spec, corpus=world.corpus, tokenizer=name, init=world.student)
+        suite = {"model": {"name": "student", "path": None}, "suite": {"kind": "bits_per_byte", "limit": 2}, "seed": 0}
+        scored = place.replace("students", "evaluations")
+        made = world.run(evaluate.main, scored, suite, corpus=world.corpus, tokenizer=name, model=place)
+        found.append(made["metrics"]["results"][0]["value"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("content,special", [("wort", False), ("</s2>", True)])
+def test_an_id_without_a_row_that_a_text_or_a_role_needs_is_refused(world, content, special):
+    tokenizer = with_added(world, f"needed-{special}".lower(), content, special)
+    folder = (world.root / tokenizer).parent
+    if special:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": content}))
+    with pytest.raises(UserError, match=r"'m' has 300 embedding rows but tokenizer '.*' has 301 ids, of which 300 \('"):
+        ByteView.load(folder).limited(300, "m")
