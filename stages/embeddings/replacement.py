@@ -24,9 +24,9 @@ def replace_embeddings(described: Description, plan: Plan, rows: int, seed: int,
         )
     inputs, head, tied = described.embed, described.head.layer, described.tied
     fresh = assemble(inputs.weight, plan, rows, seed, "input embeddings")
-    output = (
-        (fresh.clone() if untie else fresh) if tied else assemble(head.weight, plan, rows, seed, "output embeddings")
-    )
+    output = fresh.clone() if untie else fresh
+    if not tied:
+        output = assemble(head.weight, plan, rows, seed, "output embeddings")
     if not (torch.isfinite(fresh).all() and torch.isfinite(output).all()):
         raise UserError("The source embeddings hold values that are not finite: the weights of this model are damaged.")
     if described.head.bias is not None:

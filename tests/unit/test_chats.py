@@ -231,7 +231,7 @@ def test_texts_of_other_fields_are_text(sides):
 def test_phi_3(tmp_path):
     folder = SHARED / "cases" / "phi3"
     if not folder.is_dir():
-        pytest.skip(f"no {folder}")
+        pytest.skip(f"no chats: {folder} does not exist")
     view = ByteView.load(folder)
     batch = view.encode_examples([slots_of(CHATS["one round"])])
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -246,7 +246,7 @@ def test_phi_3(tmp_path):
 def test_llama_2_folds_the_system_prompt(sides):
     folder = SHARED / "cases" / "llama2-chat-template"
     if not folder.is_dir() or "llama2" not in sides:
-        pytest.skip(f"no {folder}")
+        pytest.skip(f"no chats: {folder} does not exist")
     source, side = (folder / "chat_template.jinja").read_text(), sides["llama2"]
     for kind in ("system", "system, rounds"):
         batch = side.encode(side.chats(source), CHATS[kind])
@@ -257,7 +257,7 @@ def test_llama_2_folds_the_system_prompt(sides):
 def test_one_block_of_reasoning(sides):
     folder = SHARED / "cases" / "qwen3.5-template"
     if not folder.is_dir():
-        pytest.skip(f"no {folder}")
+        pytest.skip(f"no chats: {folder} does not exist")
     source = (folder / "chat_template.jinja").read_text()
     for side in sides.values():
         chats = side.chats(source)

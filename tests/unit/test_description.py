@@ -179,6 +179,20 @@ def test_a_model_that_answers_otherwise_in_a_batch_gets_one_prompt_at_a_time(cap
     assert "prompts come one at a time" in caplog.text
 
 
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, KeyError, NotImplementedError, TypeError])
+def test_a_model_that_fails_in_other_than_plain_batches_gets_plain_ones(error):
+    model = tiny_model("llama")
+
+    def plain(_module, _inputs, options):
+        mask, places = options.get("attention_mask"), options.get("position_ids")
+        if (mask is not None and not mask.all()) or (places is not None and places.diff().lt(0).any()):
+            raise error("only plain batches")
+
+    model.model.register_forward_pre_hook(plain, with_kwargs=True)
+    found = described(model)
+    assert not found.packs and not found.generates_in_batches(0)
+
+
 @pytest.mark.parametrize("kind", ["bert-generation", "xlm"])
 def test_models_that_see_later_tokens_are_refused(kind):
     with pytest.raises(

@@ -320,7 +320,7 @@ def test_unicode_normal_forms_are_dropped():
 def test_a_token_that_is_a_single_word_stays_one():
     folder = SHARED / "cases" / "single-word"
     if not folder.is_dir():
-        pytest.skip(f"no {folder}")
+        pytest.skip(f"no tokenizer: {folder} does not exist")
     view, whole = ByteView.load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in ("cat", "concatenates", "a cat, a bobcat", "cats cat"):
         tokens = view.encode_texts([text])[0]
